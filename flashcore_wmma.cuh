@@ -1,0 +1,1507 @@
+/* flashcore_wmma.cuh · FlashCore 0.1.0 · MIT licence · warp-level tensor-core attention: nvcuda::wmma (sm_75+) and mma.sync (sm_80 .. sm_120)
+ *
+ * Use:  #include this instead of flashcore.h in the file that defines FLASHCORE_IMPLEMENTATION; flashcore_forward then picks these kernels.
+ * Or take the pieces: mma_find_work, mma_warp::load_q, init, mainloop, finish, store make a kernel of your own (examples/score_rule).
+ *
+ * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
+ *   1  nvcuda::wmma: traits, kernel                              WMMA      f16            <= 32, 64, 128                                sm_75
+ *   2  nvcuda::wmma: plan and launch                                       bf16           same                                          sm_80
+ *   3  mma.sync: PTX wrappers and fragments                      MMA       f16, bf16      <= 32, 64, 80, 96, 128, 192, 256, 512,         sm_80
+ *   4  mma.sync: one struct describes one kernel                                          (192, 128)
+ *   5  mma.sync: loaders                                         not served by either: fp32, fp8, page tables, key splits (SIMT serves
+ *   6  mma.sync: which rows and keys a block works on            all of them but fp8)
+ *   7  mma.sync: the mainloop
+ *   8  mma.sync: kernel                                          FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
+ *   9  mma.sync: plan and launch
+ *
+ * The algorithm of section 7, for 16 kRowTiles query rows per warp; m: reference, l: sum of terms, in the letters of the code:
+ *   for each stage of keys:   s = Q K^T           mma, accumulators in registers
+ *                             p = exp2(s c - m)   against the reference as it stands; the row sums bound every term
+ *                             if a sum is large:  m = max(m, max s c); o, l scaled along; p again           (rare; always at edges)
+ *                             l += sum p;  o += P V                                                        P never leaves the registers
+ *   o / l, through shared memory for wide stores
+ *
+ * Barrier ledger of section 7:
+ *   barrier                  arrivals per stage    who waits     what it hands over
+ *   cp.async.wait_group      this thread's copies  each thread   its own chunks of K and V of this stage have landed
+ *   __syncthreads            all warps             all warps     everybody's chunks have landed; the previous stage may be filled again
+ *   __syncwarp (store)       32 lanes              32 lanes      O of the warp's rows lies in shared memory                                    */
+#ifndef FLASHCORE_WMMA_CUH
+#define FLASHCORE_WMMA_CUH
+#include "flashcore.h"
+#if defined(__CUDACC__)
+
+#include <mma.h>
+
+namespace flashcore {
+inline namespace v0_1_0 {
+
+/* ================================================================================================================================
+ * 1  nvcuda::wmma: traits and kernel
+ * ================================================================================================================================
+ * Written on the portable fragments alone, whose layout CUDA does not disclose: it runs from Turing on, and it is the kernel to read first.
+ *
+ *   a warp owns kRowTiles x 16 whole query rows; Q and O stay in its fragments, so both products use every warp and no row crosses warps
+ *   for each tile of keys:   S = Q K^T          fragments, stored as f32 to the warp's private strip of shared memory
+ *                            P = exp2(S - m)    two lanes per row read the strip; P goes back into the strip in the element type
+ *                            O = O * factor     only when some row of the warp raised its reference m
+ *                            O += P V           P from the strip, V from the stage
+ *
+ * A 16-row strip; lane 2r + h serves row r, columns 8i + 4h .. 8i + 4h + 3, which is free of bank conflicts with the padding below:
+ *
+ *        column  0..3   4..7   8..11  12..15 ...
+ *   row 0        lane 0 lane 1 lane 0 lane 1          then P in the same bytes, [16][kBlockKv] elements,
+ *   row 1        lane 2 lane 3 lane 2 lane 3          and behind both one factor per row, [16] f32
+ *
+ *   barrier          arrivals     who waits     what it hands over
+ *   __syncthreads    all          all           K/V of this tile have landed; the other stage is free (one stage: a second one frees it)
+ *   __syncwarp       32 lanes     32 lanes      the strip: S written, S read, P written, P read                                       */
+template <typename T_, int kHeadDim_> struct wmma_traits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_; /* dim_qk and dim_v are zero-padded to it */
+  static constexpr int kWarps = 4, kThreads = kWarps * 32;
+
+  /* Two row tiles let every K and V fragment serve two products; at 128 dims O alone would take 128 registers, so one. */
+  static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kWarpRows = kRowTiles * 16, kBlockQ = kWarps * kWarpRows;
+  /* 16 scores per lane and row tile: with O and Q in registers, more would spill. Small enough for two blocks on Turing (one stage) and on an L4. */
+  static constexpr int kBlockKv = 32;
+  static constexpr int kTilesD = kHeadDim / 16, kTilesKv = kBlockKv / 16;
+  static constexpr int kValues = kBlockKv / 2, kPairs = kValues / 2; /* of one row, per lane */
+
+  /* Row strides in elements. An odd multiple of 16 bytes puts 8 rows of 16 bytes in distinct banks (loads of fragments), an odd multiple of
+   * 32 bytes 4 rows of 32 bytes (stores of S, and two lanes per row reading it). */
+  static constexpr int kLdKv = kHeadDim + 8, kLdS = kBlockKv + 8, kLdP = kBlockKv + 8;
+  static constexpr int kDimsQ = kHeadDim < 64 ? kHeadDim : 64, kLdQ = kDimsQ + 8; /* Q passes through the strips, this many dims at a time */
+
+  /* Shared memory: the problem, per stage K [kBlockKv][kLdKv] and V [kBlockKv][kLdKv], then per warp its strips with
+   * their factors and its view. */
+  static constexpr int kBytesProblem = 64;
+  static constexpr int kBytesK = kBlockKv * kLdKv * 2, kBytesStage = 2 * kBytesK;
+  static constexpr int kOffsetFactors = 16 * kLdS * 4, kBytesStrip = kOffsetFactors + 16 * 4, kOffsetView = kRowTiles * kBytesStrip;
+  static constexpr int kBytesWarp = kOffsetView + 32;
+  static FLASHCORE_MEMBER constexpr int shared_bytes(int stages) { return kBytesProblem + stages * kBytesStage + kWarps * kBytesWarp; }
+
+  /* 12 or 16 warps per SM hide the strip's latency; the register limit is what remains for each. */
+  static constexpr int kBlocksPerSm = kHeadDim == 32 ? 4 : 3, kMaxRegisters = 65536 / (kThreads * kBlocksPerSm) / 8 * 8;
+
+  static constexpr bool kIsBf16 = element<T>::kDtype == FLASHCORE_BF16;
+  static constexpr bool kHasBody = !kIsBf16 || FLASHCORE_HAS_SM80; /* nvcuda::wmma has no bf16 on Turing */
+
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128, "tile sizes were chosen for these");
+  static_assert(kBlockKv % (kThreads * 8 / kHeadDim) == 0, "the block loads whole rows in whole passes");
+  static_assert(kLdKv * 2 % 32 == 16 && kLdP * 2 % 32 == 16 && kLdQ * 2 % 32 == 16, "8 rows of 16 bytes in distinct banks");
+  static_assert(kLdS * 4 % 64 == 32, "4 rows of 32 bytes in distinct banks");
+  static_assert(kBytesK % 32 == 0 && kBytesStrip % 32 == 0 && kBytesWarp % 32 == 0, "fragments are loaded from 32-byte aligned addresses");
+  static_assert(kLdP * 2 <= kLdS * 4, "P fits where S was");
+  static_assert(kWarpRows * kLdQ * 2 <= kOffsetView, "a warp's Q fits its strips");
+  static_assert(shared_bytes(2) <= 64 * 1024, "fits every GPU from sm_75 on");
+};
+
+/* ================================================================================================================================
+ * nvcuda::wmma: the problem of one block, and its loader
+ * ================================================================================================================================ */
+
+/* The same for all threads and seldom read, so it lies in shared memory: in registers it would be spilled. */
+struct wmma_problem {
+  flashcore_sequence seq;
+  int32_t batch, head, q0; /* q0: first query row of the block */
+  flashcore_range keys;    /* that any live row of the block sees */
+};
+
+/* 1-D grid: query tile fastest, so that neighbours share K and V in L2; under a causal mask the last tile sees most and goes first. */
+template <typename Traits> FLASHCORE_DEVICE wmma_problem wmma_problem_of(const flashcore_attention &a, uint32_t block) {
+  wmma_problem p;
+  const uint32_t tiles = ((uint32_t)a.seq_q + Traits::kBlockQ - 1) / Traits::kBlockQ, heads = (uint32_t)a.heads_q;
+  const uint32_t tile = a.causal == FLASHCORE_CAUSAL_NONE ? block % tiles : tiles - 1 - block % tiles;
+  p.q0 = (int32_t)tile * Traits::kBlockQ;
+  p.head = (int32_t)(block / tiles % heads);
+  p.batch = (int32_t)(block / tiles / heads);
+  p.seq = flashcore_sequence_at(&a, p.batch);
+  const int32_t end = p.q0 + Traits::kBlockQ < p.seq.len_q ? p.q0 + Traits::kBlockQ : p.seq.len_q;
+  p.keys.first = flashcore_visible_keys(&a, p.q0, p.seq.len_q, p.seq.len_kv).first;
+  p.keys.last = flashcore_visible_keys(&a, end - 1, p.seq.len_q, p.seq.len_kv).last;
+  return p;
+}
+
+/* Keys that some row of a warp sees, and keys that every row of it sees. */
+struct wmma_view {
+  flashcore_range some, all;
+};
+
+template <typename Traits> FLASHCORE_DEVICE wmma_view wmma_view_of(const flashcore_attention &a, const wmma_problem &p, int32_t first_row) {
+  const flashcore_range top = flashcore_visible_keys(&a, first_row, p.seq.len_q, p.seq.len_kv);
+  const flashcore_range bottom = flashcore_visible_keys(&a, first_row + Traits::kWarpRows - 1, p.seq.len_q, p.seq.len_kv);
+  return {{top.first, first_row < p.seq.len_q ? bottom.last : 0}, {bottom.first, top.last}};
+}
+
+/* A thread copies the same 16-byte chunk column of every kRowsPerPass-th row. */
+template <typename Traits> struct wmma_loader {
+  using T = typename Traits::T;
+  static constexpr int kChunks = Traits::kHeadDim / 8, kRowsPerPass = Traits::kThreads / kChunks, kPasses = Traits::kBlockKv / kRowsPerPass;
+
+  const T *k, *v;    /* this thread's chunk of its first row in the next tile */
+  int32_t keys;      /* that are left from that row on */
+  bool has_k, has_v; /* the chunk lies within dim_qk, dim_v */
+  uint32_t destination;
+
+  __forceinline__ __device__ wmma_loader(const flashcore_attention &a, const wmma_problem &problem, unsigned char *shared, int32_t k0) {
+    const int chunk = (int)threadIdx.x % kChunks, row = (int)threadIdx.x / kChunks;
+    const int32_t head_kv = problem.head / (a.heads_q / a.heads_kv);
+    k = static_cast<const T *>(a.k.data) + problem.seq.k + head_kv * a.k.stride_h + (k0 + row) * a.k.stride_s + chunk * 8;
+    v = static_cast<const T *>(a.v.data) + problem.seq.v + head_kv * a.v.stride_h + (k0 + row) * a.v.stride_s + chunk * 8;
+    keys = problem.seq.len_kv - k0 - row;
+    has_k = chunk * 8 < a.dim_qk;
+    has_v = chunk * 8 < a.dim_v;
+    destination = shared_address(shared) + (uint32_t)(row * Traits::kLdKv + chunk * 8) * 2;
+  }
+
+  /* Starts the copies of the next kBlockKv keys into a stage; rows past the sequence and dims past the tensor become zeros. */
+  __forceinline__ __device__ void load(const flashcore_attention &a, int stage) {
+    const uint32_t dst = destination + (uint32_t)(stage * Traits::kBytesStage);
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const uint32_t at = dst + (uint32_t)(i * kRowsPerPass * Traits::kLdKv * 2);
+      cp_async<16>(at, k, keys > 0 && has_k);
+      cp_async<16>(at + Traits::kBytesK, v, keys > 0 && has_v);
+      k += kRowsPerPass * a.k.stride_s;
+      v += kRowsPerPass * a.v.stride_s;
+      keys -= kRowsPerPass;
+    }
+    cp_async_commit();
+  }
+};
+
+/* ================================================================================================================================
+ * nvcuda::wmma: one warp's rows
+ * ================================================================================================================================ */
+
+FLASHCORE_DEVICE uint32_t wmma_pack(__half, float lo, float hi) {
+  const __half2 pair = __floats2half2_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t *>(&pair);
+}
+FLASHCORE_DEVICE uint32_t wmma_pack(__nv_bfloat16, float lo, float hi) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+  return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* All members: called by all 32 lanes, converged. */
+template <typename Traits, typename Rule> struct wmma_warp {
+  using T = typename Traits::T;
+  using accumulator = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
+  using fragment_a = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, T, nvcuda::wmma::row_major>; /* of Q and P */
+  using fragment_k = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, nvcuda::wmma::col_major>; /* K^T from rows of K */
+  using fragment_v = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, nvcuda::wmma::row_major>;
+  static constexpr int kRowTiles = Traits::kRowTiles, kTilesD = Traits::kTilesD, kTilesKv = Traits::kTilesKv;
+  static_assert(accumulator::num_elements == 8, "row_of packs eight rows of four bits");
+
+  /* A row keeps its reference until a logit passes it by more than this (log2 units): O is rescaled far less often, and P stays below 2^8,
+   * well inside fp16. */
+  static constexpr float kSlack = 8.f;
+
+  fragment_a q[kRowTiles][kTilesD];
+  accumulator o[kRowTiles][kTilesD];
+  softmax_state state[kRowTiles]; /* of row lane / 2 */
+  uint32_t row_of;                /* bits 4i .. 4i + 3: the row of element i of an accumulator */
+  unsigned char *strips;
+  int32_t row, half; /* lane / 2, lane % 2 */
+  float unit;        /* logits times unit are in log2 units */
+
+  /* Of this warp, within the sequence. */
+  static __forceinline__ __device__ int32_t first_row(const wmma_problem &problem) {
+    return problem.q0 + (int32_t)threadIdx.x / 32 * Traits::kWarpRows;
+  }
+  __forceinline__ __device__ float *strip(int r) const { return reinterpret_cast<float *>(strips + r * Traits::kBytesStrip); }
+  __forceinline__ __device__ wmma_view *view() const { return reinterpret_cast<wmma_view *>(strips + Traits::kOffsetView); }
+  __forceinline__ __device__ float *factors(int r) const { return strip(r) + Traits::kOffsetFactors / 4; }
+
+  __forceinline__ __device__ wmma_warp(const flashcore_attention &a, const wmma_problem &problem, unsigned char *shared) {
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    strips = shared + warp * Traits::kBytesWarp;
+    row = lane / 2;
+    half = lane % 2;
+    /* WHY: a subnormal scale may be flushed to 0, and 0 * -inf would make a masked key NaN. */
+    unit = Rule::kActive ? (float)FLASHCORE_LOG2E : fmaxf(a.scale * (float)FLASHCORE_LOG2E, 1.1754944e-38f);
+    if (threadIdx.x % 32 == 0) *view() = wmma_view_of<Traits>(a, problem, first_row(problem));
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      state[r].m = FLASHCORE_EMPTY_MAX;
+      state[r].l = 0.f;
+#pragma unroll
+      for (int n = 0; n < kTilesD; ++n) nvcuda::wmma::fill_fragment(o[r][n], 0.f);
+    }
+    learn_rows();
+    load_q(a, problem);
+  }
+
+  /* Which row each element of an accumulator belongs to: load a tile whose elements are their own row numbers. */
+  __forceinline__ __device__ void learn_rows() {
+    for (int c = 0; c < 8; ++c) strip(0)[row * Traits::kLdS + 8 * half + c] = (float)row;
+    __syncwarp();
+    accumulator rows;
+    nvcuda::wmma::load_matrix_sync(rows, strip(0), Traits::kLdS, nvcuda::wmma::mem_row_major);
+    row_of = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) row_of |= (uint32_t)rows.x[i] << (4 * i);
+    __syncwarp();
+  }
+
+  /* Q, kDimsQ columns at a time, through the strips into fragments; rows past the sequence and dims past the tensor are zeros. */
+  __forceinline__ __device__ void load_q(const flashcore_attention &a, const wmma_problem &problem) {
+    constexpr int kChunks = Traits::kDimsQ / 8, kRowsPerPass = 32 / kChunks;
+    const int lane = (int)threadIdx.x % 32, chunk = lane % kChunks;
+    const T *from = static_cast<const T *>(a.q.data) + problem.seq.q + problem.head * a.q.stride_h;
+    const T *staged = reinterpret_cast<const T *>(strips);
+#pragma unroll
+    for (int dim0 = 0; dim0 < Traits::kHeadDim; dim0 += Traits::kDimsQ) {
+      const int dim = dim0 + chunk * 8;
+      for (int i = lane / kChunks; i < Traits::kWarpRows; i += kRowsPerPass) {
+        const int32_t query = first_row(problem) + i;
+        cp_async<16>(shared_address(staged + i * Traits::kLdQ + chunk * 8), from + query * a.q.stride_s + dim,
+                     query < problem.seq.len_q && dim < a.dim_qk);
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+        for (int d = 0; d < Traits::kDimsQ / 16; ++d)
+          nvcuda::wmma::load_matrix_sync(q[r][dim0 / 16 + d], staged + r * 16 * Traits::kLdQ + d * 16, Traits::kLdQ);
+      __syncwarp();
+    }
+  }
+
+  /* S = Q K^T of one tile of keys, raw, into the strips.   [kWarpRows][kBlockKv] f32 */
+  __forceinline__ __device__ void scores(const T *k) {
+#pragma unroll
+    for (int n = 0; n < kTilesKv; ++n) {
+      accumulator s[kRowTiles];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) nvcuda::wmma::fill_fragment(s[r], 0.f);
+#pragma unroll
+      for (int d = 0; d < kTilesD; ++d) {
+        fragment_k b;
+        nvcuda::wmma::load_matrix_sync(b, k + n * 16 * Traits::kLdKv + d * 16, Traits::kLdKv);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) nvcuda::wmma::mma_sync(s[r], q[r][d], b, s[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) nvcuda::wmma::store_matrix_sync(strip(r) + n * 16, s[r], Traits::kLdS, nvcuda::wmma::mem_row_major);
+    }
+  }
+
+  /* Masks and the rule on this lane's part of a row, where it lies in the strip: a rolled loop, since a rule may be long code.
+   * Raw scores stay raw under no_rule and become logits under a rule. A row past the sequence sees nothing: a rule must not be asked about it. */
+  __forceinline__ __device__ void apply_rule(int r, const flashcore_attention &a, const wmma_problem &problem, const Rule &rule, int32_t k0) const {
+    score_position at = {problem.batch, problem.head, first_row(problem) + r * 16 + row, 0, problem.seq.len_q, problem.seq.len_kv};
+    flashcore_range visible = flashcore_visible_keys(&a, at.query, at.len_q, at.len_kv);
+    if (at.query >= at.len_q) visible.last = 0;
+    float4 *s = reinterpret_cast<float4 *>(strip(r) + row * Traits::kLdS + 4 * half);
+#pragma unroll 1
+    for (int i = 0; i < Traits::kValues / 4; ++i) {
+      float x[4];
+      *reinterpret_cast<float4 *>(x) = s[2 * i];
+      at.key = k0 + 8 * i + 4 * half;
+#pragma unroll
+      for (int c = 0; c < 4; ++c, ++at.key) {
+        const bool hidden = at.key < visible.first || at.key >= visible.last;
+        x[c] = hidden ? -INFINITY : Rule::kActive ? rule(a, x[c] * a.scale, at) : x[c];
+      }
+      s[2 * i] = *reinterpret_cast<const float4 *>(x);
+    }
+  }
+
+  /* One online-softmax step on this lane's part of row `row` of strip r; p: its probabilities in pairs.
+   *   edge     a row with no visible key so far keeps m = FLASHCORE_EMPTY_MAX and l = 0; a NaN logit makes p and l of its row NaN, never m
+   *   returns  the factor for the row's O; exactly 1 when the reference stays */
+  __forceinline__ __device__ float softmax(int r, const flashcore_attention &a, const wmma_problem &problem, const Rule &rule, int32_t k0,
+                                           bool masked, uint32_t (&p)[Traits::kPairs]) {
+    if (masked || Rule::kActive) apply_rule(r, a, problem, rule, k0);
+    float x[Traits::kValues];
+    const float *s = strip(r) + row * Traits::kLdS + 4 * half;
+#pragma unroll
+    for (int i = 0; i < Traits::kValues; i += 4) *reinterpret_cast<float4 *>(&x[i]) = *reinterpret_cast<const float4 *>(s + 2 * i);
+    float top = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < Traits::kValues; ++i) top = fmaxf(top, x[i]);
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1)) * unit;
+    const float factor = softmax_raise(state[r], top > state[r].m + kSlack ? top : state[r].m);
+    float sum[2] = {};
+#pragma unroll
+    for (int i = 0; i < Traits::kValues; i += 2) {
+      const float p0 = ex2(fmaf(x[i], unit, -state[r].m)), p1 = ex2(fmaf(x[i + 1], unit, -state[r].m));
+      sum[i / 2 % 2] += p0 + p1;
+      p[i / 2] = wmma_pack(T(), p0, p1);
+    }
+    sum[0] += sum[1];
+    state[r].l += sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 1);
+    return factor;
+  }
+
+  /* O = diag(factors) O; the factors of both row tiles lie behind the strips. */
+  __forceinline__ __device__ void scale_rows() {
+    uint32_t rows = row_of;
+    asm volatile("" : "+r"(rows)); /* WHY: otherwise the compiler keeps the eight unpacked rows in registers through the loop and spills */
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float factor = factors(r)[(rows >> (4 * i)) & 15];
+#pragma unroll
+        for (int n = 0; n < kTilesD; ++n) o[r][n].x[i] *= factor;
+      }
+  }
+
+  /* O += P V of one tile of keys; P from the strips. */
+  __forceinline__ __device__ void accumulate(const T *v) {
+#pragma unroll
+    for (int j = 0; j < kTilesKv; ++j) {
+      fragment_a p[kRowTiles];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) nvcuda::wmma::load_matrix_sync(p[r], reinterpret_cast<const T *>(strip(r)) + j * 16, Traits::kLdP);
+#pragma unroll
+      for (int n = 0; n < kTilesD; ++n) {
+        fragment_v b;
+        nvcuda::wmma::load_matrix_sync(b, v + j * 16 * Traits::kLdKv + n * 16, Traits::kLdKv);
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) nvcuda::wmma::mma_sync(o[r][n], p[r], b, o[r][n]);
+      }
+    }
+  }
+
+  /* The whole work on one tile of keys. */
+  __forceinline__ __device__ void step(const flashcore_attention &a, const wmma_problem &problem, const Rule &rule, const unsigned char *stage,
+                                       int32_t k0) {
+    const wmma_view keys = *view();
+    if (k0 >= keys.some.last || k0 + Traits::kBlockKv <= keys.some.first) return;
+    scores(reinterpret_cast<const T *>(stage));
+    __syncwarp(); /* S is written */
+    const bool masked = k0 < keys.all.first || k0 + Traits::kBlockKv > keys.all.last;
+    bool raised = false;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      uint32_t p[Traits::kPairs];
+      const float factor = softmax(r, a, problem, rule, k0, masked, p);
+      raised = raised || factor != 1.f; /* NaN counts as raised */
+      __syncwarp();                     /* S of strip r is read */
+      T *to = reinterpret_cast<T *>(strip(r)) + row * Traits::kLdP + 4 * half;
+#pragma unroll
+      for (int i = 0; i < Traits::kPairs; i += 2) *reinterpret_cast<uint2 *>(to + 4 * i) = make_uint2(p[i], p[i + 1]);
+      if (half == 0) factors(r)[row] = factor;
+    }
+    __syncwarp(); /* P and the factors are written */
+    if (__any_sync(0xffffffffu, raised)) scale_rows();
+    accumulate(reinterpret_cast<const T *>(stage + Traits::kBytesK));
+    __syncwarp(); /* P is read */
+  }
+
+  /* Normalises O, writes it and the LSE. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wmma_problem &problem) {
+    const float sink = a.sink ? a.sink[problem.head] : 0.f;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const int32_t query = first_row(problem) + r * 16 + row;
+      float lse;
+      const float factor = softmax_finish(state[r], a.sink != nullptr, sink, a.lse_base2 != 0, lse);
+      if (half == 0) {
+        factors(r)[row] = factor;
+        if (a.lse && query < problem.seq.len_q) a.lse[((int64_t)problem.batch * a.heads_q + problem.head) * a.seq_q + query] = lse;
+      }
+    }
+    __syncwarp();
+    scale_rows();
+    T *o_head = static_cast<T *>(a.o.data) + problem.seq.o + problem.head * a.o.stride_h;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kTilesD; ++n) store_o(a, problem, o_head, r, n);
+  }
+
+  /* One 16 x 16 tile of O through the strip: a lane stores 8 neighbours of a row at once. */
+  __forceinline__ __device__ void store_o(const flashcore_attention &a, const wmma_problem &problem, T *o_head, int r, int n) {
+    nvcuda::wmma::store_matrix_sync(strip(r), o[r][n], Traits::kLdS, nvcuda::wmma::mem_row_major);
+    __syncwarp();
+    const int32_t query = first_row(problem) + r * 16 + row, dim = n * 16 + 8 * half;
+    const float4 *from = reinterpret_cast<const float4 *>(strip(r) + row * Traits::kLdS + 8 * half);
+    const float4 x = from[0], y = from[1];
+    if (query < problem.seq.len_q && dim < a.dim_v)
+      *reinterpret_cast<uint4 *>(o_head + query * a.o.stride_s + dim) =
+          make_uint4(wmma_pack(T(), x.x, x.y), wmma_pack(T(), x.z, x.w), wmma_pack(T(), y.x, y.y), wmma_pack(T(), y.z, y.w));
+    __syncwarp();
+  }
+};
+
+/* ================================================================================================================================
+ * nvcuda::wmma: kernel
+ * ================================================================================================================================ */
+
+/*   shapes   grid: ceil(seq_q / kBlockQ) * heads_q * batch; block: kThreads; dynamic shared memory: shared_bytes(2), or (1) on sm_75
+ *   a        resolved; bases and strides of Q, K, V, O are multiples of 16 bytes; dims are multiples of 8, at most kHeadDim */
+template <typename Traits, typename Rule>
+FLASHCORE_KERNEL void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    wmma_kernel(const __grid_constant__ flashcore_attention a, Rule rule) {
+  if constexpr (Traits::kHasBody) {
+    constexpr int kStages = FLASHCORE_HAS_SM80 ? 2 : 1; /* Turing's loads are synchronous: a second stage would only cost it a block per SM */
+    extern __shared__ __align__(128) unsigned char wmma_shared[];
+    static_assert(sizeof(wmma_problem) <= Traits::kBytesProblem, "the problem has its place");
+    wmma_problem &problem = *reinterpret_cast<wmma_problem *>(wmma_shared);
+    unsigned char *stages = wmma_shared + Traits::kBytesProblem, *strips = stages + kStages * Traits::kBytesStage;
+    if (threadIdx.x == 0) problem = wmma_problem_of<Traits>(a, blockIdx.x);
+    __syncthreads();
+    if (problem.q0 >= problem.seq.len_q) return;
+    int32_t k0 = problem.keys.first / Traits::kBlockKv * Traits::kBlockKv;
+    const int32_t end = problem.keys.last;
+    wmma_loader<Traits> loader(a, problem, stages, k0);
+    if (k0 < end) loader.load(a, 0);
+    wmma_warp<Traits, Rule> warp(a, problem, strips);
+    for (int stage = 0; k0 < end; k0 += Traits::kBlockKv, stage ^= kStages - 1) {
+      const int32_t next = k0 + Traits::kBlockKv;
+      cp_async_wait<0>();
+      __syncthreads(); /* this tile has landed, and every warp is done with the one before */
+      if (kStages == 2 && next < end) loader.load(a, stage ^ 1);
+      warp.step(a, problem, rule, stages + stage * Traits::kBytesStage, k0);
+      if (kStages == 1 && next < end) {
+        __syncthreads();
+        loader.load(a, 0);
+      }
+    }
+    warp.finish(a, problem);
+  } else {
+    __trap(); /* bf16 on Turing: the plan refuses it */
+  }
+}
+
+} /* namespace v0_1_0 */
+} /* namespace flashcore */
+
+/* ================================================================================================================================
+ * 2  nvcuda::wmma: plan and launch
+ * ================================================================================================================================ */
+#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+enum { FLASHCORE_WMMA_MAX_DIM = 128 };
+
+/* Kernels read and write rows in 16-byte pieces: base and strides must be multiples of 8 elements. */
+static flashcore_status flashcore_wmma_aligned(const flashcore_tensor *t, bool packed, const char *field, flashcore_error *error) {
+  const int64_t address = (int64_t)(reinterpret_cast<uintptr_t>(t->data) & 15u);
+  if (address)
+    return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, address, 16,
+                            "%s: the wmma kernel needs a 16-byte aligned address (address %% 16 = %d)", field, (int)address);
+  const int64_t strides[3] = {packed ? 0 : t->stride_b, t->stride_s, t->stride_h};
+  for (int64_t stride : strides)
+    if (stride % 8)
+      return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, stride, 8,
+                              "%s: the wmma kernel needs strides that are multiples of 8 elements, not %lld", field, (long long)stride);
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_wmma_check_types(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  if (a->dtype != FLASHCORE_F16 && a->dtype != FLASHCORE_BF16)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, 0, "dtype: the wmma kernel serves fp16 and bf16, not %d",
+                            (int)a->dtype);
+  if (a->dtype_kv != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
+                            "dtype_kv: the wmma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_kv);
+  if (a->dtype_o != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, a->dtype,
+                            "dtype_o: the wmma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_o);
+  const int min_arch = a->dtype == FLASHCORE_BF16 ? 80 : 75;
+  if (device->arch < min_arch)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, min_arch,
+                            "the wmma kernel for this dtype needs sm_%d, the device is sm_%d", min_arch, (int)device->arch);
+  if (!flashcore_arch_compiled(device->arch, min_arch))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, min_arch,
+                            "the wmma kernel was not compiled for sm_%d (from sm_%d on)", (int)device->arch, min_arch);
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_wmma_check_shape(const flashcore_attention *a, flashcore_error *error) {
+  const int32_t dims[2] = {a->dim_qk, a->dim_v};
+  for (int i = 0; i < 2; ++i) {
+    const char *field = i ? "dim_v" : "dim_qk";
+    if (dims[i] % 8 || dims[i] > FLASHCORE_WMMA_MAX_DIM)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, field, dims[i], FLASHCORE_WMMA_MAX_DIM,
+                              "%s: the wmma kernel serves multiples of 8 up to %d, not %d", field, (int)FLASHCORE_WMMA_MAX_DIM, (int)dims[i]);
+  }
+  if (a->page_table)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0, "page_table: the wmma kernel does not read paged K and V");
+  if (a->num_splits > 1)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", a->num_splits, 1,
+                            "num_splits: the wmma kernel does not split the keys (%d asked)", (int)a->num_splits);
+  if (a->split_len > 0)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "split_len", a->split_len, 0,
+                            "split_len: the wmma kernel does not split the keys (%d asked)", (int)a->split_len);
+  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
+  const char *names[4] = {"q", "k", "v", "o"};
+  for (int i = 0; i < 4; ++i) {
+    const bool packed = i == 0 || i == 3 ? a->cu_seqlens_q != nullptr : a->cu_seqlens_kv != nullptr;
+    const flashcore_status status = flashcore_wmma_aligned(tensors[i], packed, names[i], error);
+    if (status != FLASHCORE_OK) return status;
+  }
+  return FLASHCORE_OK;
+}
+
+static bool flashcore_wmma_has_rule(const flashcore_attention *a) { return a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits; }
+
+template <typename T, int kHeadDim> static void flashcore_wmma_instance(bool rule, int stages, flashcore_plan *plan) {
+  using traits = flashcore::wmma_traits<T, kHeadDim>;
+  plan->kernel = rule ? reinterpret_cast<const void *>(&flashcore::wmma_kernel<traits, flashcore::descriptor_rule>)
+                      : reinterpret_cast<const void *>(&flashcore::wmma_kernel<traits, flashcore::no_rule>);
+  plan->d.block_q = traits::kBlockQ;
+  plan->d.block_kv = traits::kBlockKv;
+  plan->d.stages = stages;
+  plan->d.head_dim_qk = plan->d.head_dim_v = kHeadDim;
+  plan->d.threads = traits::kThreads;
+  plan->d.shared_bytes = traits::shared_bytes(stages);
+}
+
+template <typename T> static void flashcore_wmma_select(int dim, bool rule, int stages, flashcore_plan *plan) {
+  if (dim <= 32) flashcore_wmma_instance<T, 32>(rule, stages, plan);
+  else if (dim <= 64) flashcore_wmma_instance<T, 64>(rule, stages, plan);
+  else flashcore_wmma_instance<T, 128>(rule, stages, plan);
+}
+
+static flashcore_status flashcore_wmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                            flashcore_error *error) {
+  flashcore_status status = flashcore_wmma_check_types(a, device, error);
+  if (status == FLASHCORE_OK) status = flashcore_wmma_check_shape(a, error);
+  if (status != FLASHCORE_OK) return status;
+  *plan = flashcore_plan();
+  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v, stages = device->arch >= 80 ? 2 : 1;
+  const bool rule = flashcore_wmma_has_rule(a);
+#if !defined(FLASHCORE_NO_F16)
+  if (a->dtype == FLASHCORE_F16) flashcore_wmma_select<__half>(dim, rule, stages, plan);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (a->dtype == FLASHCORE_BF16) flashcore_wmma_select<__nv_bfloat16>(dim, rule, stages, plan);
+#endif
+  if (!plan->kernel)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the wmma kernel was compiled without type %d",
+                            (int)a->dtype);
+  flashcore_description *d = &plan->d;
+  d->backend = FLASHCORE_BACKEND_WMMA;
+  d->packed_group = 1;
+  d->splits = 1;
+  d->grid = ((int64_t)a->seq_q + d->block_q - 1) / d->block_q * a->heads_q;
+  if (d->grid > INT32_MAX / a->batch)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
+                            "batch: %d entries of %lld blocks pass the wmma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
+  d->grid *= a->batch;
+  snprintf(d->kernel, sizeof d->kernel, "wmma %s d%d q%d kv%d", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk, (int)d->block_q,
+           (int)d->block_kv);
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_wmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                              flashcore_error *error) {
+  flashcore_attention args = *a;
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  void *kernel_args[2] = {&args, &rule};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+static flashcore_backend_ops flashcore_wmma_ops = {FLASHCORE_BACKEND_WMMA, flashcore_wmma_plan, flashcore_wmma_launch, nullptr};
+static struct flashcore_wmma_registration {
+  /* WHY: forced inline, the constructor leaves no weak symbol. An unnamed namespace would not help: nvcc gives it a name. */
+  __forceinline__ flashcore_wmma_registration() { flashcore_register_backend(&flashcore_wmma_ops); }
+} flashcore_wmma_registered;
+
+#endif /* implementation */
+
+namespace flashcore {
+inline namespace v0_1_0 {
+
+/* ================================================================================================================================
+ * 3  mma.sync: PTX wrappers and fragments
+ * ================================================================================================================================ */
+
+#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+
+/* Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
+ *   ptx      ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16, sm_75, PTX 6.5
+ *   shapes   r[j]: matrix j, row lane / 4, columns 2 * (lane % 4) + {0, 1} (transposed: column lane / 4, rows ...)
+ *   callers  all 32 lanes, converged */
+FLASHCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+FLASHCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+/* d += a b, f32 accumulators.
+ *   ptx      mma.sync.aligned.m16n8k16.row.col.f32.{f16,bf16}.{f16,bf16}.f32, sm_80, PTX 7.0
+ *   callers  all 32 lanes, converged
+ *
+ * Accumulator f32 d[4]; lane L, g = L / 4, t = L % 4:         A, 16x16, a[4], two elements each:    B, 16x8:
+ *              col 2t   2t+1                                           k 2t,2t+1   k 2t+8,+9            n g
+ *    row g    [ d0      d1 ]                                   row g   [  a0          a2 ]      k 2t,2t+1   [ b0 ]
+ *    row g+8  [ d2      d3 ]                                   row g+8 [  a1          a3 ]      k 2t+8,+9   [ b1 ]
+ * Two accumulators side by side, rounded and packed in pairs, are the A operand of the next product: P needs no shuffle. */
+template <typename T> FLASHCORE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> __forceinline__ __device__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __forceinline__ __device__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two floats rounded to T, `lo` in the low half.   ptx  cvt.rn.{f16x2,bf16x2}.f32, sm_80 */
+template <typename T> FLASHCORE_DEVICE uint32_t pack2(float lo, float hi);
+template <> __forceinline__ __device__ uint32_t pack2<__half>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <> __forceinline__ __device__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+#endif /* FLASHCORE_HAS_SM80 */
+
+/* Row and column of element i of an m16n8 accumulator. */
+struct mma_accumulator {
+  static FLASHCORE_MEMBER int row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
+  static FLASHCORE_MEMBER int col(int lane, int i) { return 2 * (lane % 4) + i % 2; }
+};
+
+/* ================================================================================================================================
+ * 4  mma.sync: one struct describes one kernel
+ * ================================================================================================================================ */
+
+enum mma_q_source {
+  kQShared,         /* Q fragments are read again from shared memory for every key step */
+  kQRegisters,      /* they stay in registers */
+  kQRegistersReuse, /* and K/V take over Q's shared memory */
+};
+
+/* T: element; kHeadDimQk, kHeadDimV: dims of the instance, smaller ones are zero-padded to it
+ * kRowTiles: 16-row query tiles per warp      kRowWarps: warps along the query rows      kColumnWarps: warps that share rows and split the dims of V
+ * kBlockKv: keys per shared-memory stage      kStep: keys per softmax step               kStages: K/V stages
+ * kQ: see above                               kBlocksPerSm: what the register cap is made for (its 65 536 registers / threads) */
+template <typename T_, int kHeadDimQk_, int kHeadDimV_, int kRowTiles_, int kRowWarps_, int kColumnWarps_, int kBlockKv_, int kStep_, int kStages_,
+          mma_q_source kQ_, int kBlocksPerSm_>
+struct mma_tile {
+  using T = T_;
+  static constexpr int kHeadDimQk = kHeadDimQk_, kHeadDimV = kHeadDimV_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_;
+  static constexpr int kColumnWarps = kColumnWarps_, kBlockKv = kBlockKv_, kStep = kStep_, kStages = kStages_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr mma_q_source kQ = kQ_;
+
+  static constexpr int kThreads = kRowWarps * kColumnWarps * 32;
+  static constexpr int kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps;
+  static constexpr int kColumns = kHeadDimV / kColumnWarps; /* of O, per warp */
+  static constexpr int kRowBytesQk = kHeadDimQk * 2, kRowBytesV = kHeadDimV * 2;
+
+  /* Shared memory: Q [kBlockQ][kHeadDimQk], then per stage K [kBlockKv][kHeadDimQk] and V [kBlockKv][kHeadDimV]; O is staged from the start. */
+  static constexpr int kBytesQ = kBlockQ * kRowBytesQk, kBytesK = kBlockKv * kRowBytesQk, kBytesV = kBlockKv * kRowBytesV;
+  static constexpr int kOffsetKv = kQ == kQRegistersReuse ? 0 : kBytesQ;
+  static constexpr int kBytesKv = kStages * (kBytesK + kBytesV), kBytesO = kBlockQ * kRowBytesV;
+  static constexpr int kBytesIn = kOffsetKv + kBytesKv > kBytesQ ? kOffsetKv + kBytesKv : kBytesQ;
+  static constexpr int kSharedBytes = kBytesIn > kBytesO ? kBytesIn : kBytesO;
+  /* A warp may stage its O over its own rows of Q, unless others still read what lies there. */
+  static constexpr bool kOwnRowsForO = kOffsetKv >= kBytesO && (kQ != kQShared || (kRowBytesV == kRowBytesQk && kColumnWarps == 1));
+
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  static_assert(kHeadDimQk % 16 == 0 && kColumns % 16 == 0, "an mma step is 16 wide");
+  static_assert(kBlockKv % kStep == 0 && kStep % 16 == 0, "softmax steps tile the stage");
+  static_assert(kStages >= 2, "one stage is filled while another is read");
+  static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on, the L4 among them");
+};
+
+/* The tiles in use. wide: throughput. compact: throughput where an SM has 100 KiB of shared memory (sm_86, sm_89, sm_120). narrow: short causal
+ * sequences (less of a tile lies beyond the diagonal), grids that do not fill the chip, and every general kernel (score rules, any alignment). */
+enum mma_shape { kWide, kCompact, kNarrow };
+
+template <typename T, int kHeadDimQk, int kHeadDimV, mma_shape kShape> struct mma_tile_for;
+#define FLASHCORE_MMA_TILE(qk, v, shape, ...)                                                                                                        \
+  template <typename T> struct mma_tile_for<T, qk, v, shape> : mma_tile<T, qk, v, __VA_ARGS__> {}
+
+/*                  dims              row tiles, row warps, column warps, keys, step, stages, Q, blocks per SM */
+FLASHCORE_MMA_TILE(32, 32, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(32, 32, kNarrow, 1, 4, 1, 64, 64, 2, kQRegisters, 4);
+FLASHCORE_MMA_TILE(64, 64, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(64, 64, kCompact, 2, 4, 1, 64, 64, 2, kQRegisters, 2); /* 48 KiB: two blocks fit 100 KiB */
+FLASHCORE_MMA_TILE(64, 64, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
+FLASHCORE_MMA_TILE(80, 80, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
+FLASHCORE_MMA_TILE(80, 80, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
+FLASHCORE_MMA_TILE(96, 96, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
+FLASHCORE_MMA_TILE(96, 96, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
+FLASHCORE_MMA_TILE(128, 128, kWide, 2, 4, 1, 64, 64, 2, kQShared, 2); /* Q and S do not fit the registers beside 128 columns of O */
+FLASHCORE_MMA_TILE(128, 128, kNarrow, 1, 4, 1, 32, 32, 2, kQRegistersReuse, 3);
+FLASHCORE_MMA_TILE(192, 128, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(192, 192, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(256, 256, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(256, 256, kCompact, 1, 8, 1, 32, 32, 2, kQRegistersReuse, 1); /* 64 KiB: eight warps in the one block that fits 100 KiB */
+FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16 rows fills two warps' registers: each computes S, and half of O */
+
+/* ================================================================================================================================
+ * 5  mma.sync: loaders
+ * ================================================================================================================================ */
+
+/* 16 bytes whose address is a multiple of `align` = 8, 4 or 2 only, to and from shared memory; dst as a 32-bit shared address. */
+FLASHCORE_DEVICE void copy_chunk(uint32_t dst, const char *src, bool valid, int align) {
+  if (align >= 8) {
+    for (int i = 0; i < 16; i += 8) cp_async<8>(dst + i, src + i, valid);
+  } else if (align >= 4) {
+    for (int i = 0; i < 16; i += 4) cp_async<4>(dst + i, src + i, valid);
+  } else {
+    for (int i = 0; i < 16; i += 2) {
+      const uint16_t x = valid ? *reinterpret_cast<const uint16_t *>(src + i) : (uint16_t)0;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst + i), "h"(x) : "memory");
+    }
+  }
+}
+FLASHCORE_DEVICE void store_chunk(char *dst, const uint4 &value) {
+  const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) reinterpret_cast<uint16_t *>(dst)[i] = (uint16_t)(words[i / 2] >> (i % 2 * 16));
+}
+
+/* kRows x kRowBytes from global memory into a swizzled tile by all threads of a block. A thread owns chunks of one column residue in every
+ * kRowsPerPass-th row. Nothing of this lives in registers between tiles: they belong to O and S. */
+template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
+  using tile = swizzled_tile<kRowBytes>;
+  static constexpr int kLowBit = tile::kChunks & -tile::kChunks, kLanes = kLowBit < 32 ? kLowBit : 32; /* threads along a row */
+  static constexpr int kRowsPerPass = kThreads / kLanes, kPasses = kRows / kRowsPerPass, kChunksPerLane = tile::kChunks / kLanes;
+  static_assert(kRows % kRowsPerPass == 0, "the block covers the tile in whole passes");
+  static_assert(kRowsPerPass % 8 == 0 || tile::kSpan == 8, "the swizzle of a later pass must follow from the first");
+
+  static __forceinline__ __device__ int row0() { return threadIdx.x / kLanes; } /* this thread's first chunk */
+  static __forceinline__ __device__ int chunk0() { return threadIdx.x % kLanes; }
+  static __forceinline__ __device__ uint32_t offset(int pass, int c) { /* of pass 0's chunk, then by constants */
+    return (tile::offset(row0(), chunk0()) ^ ((pass * kRowsPerPass & 7) << 4)) + pass * kRowsPerPass * kRowBytes + c * kLanes * 16;
+  }
+  /* Every row and column is there, 16-byte aligned. base: the tile's first row. */
+  static __forceinline__ __device__ void load(uint32_t dst, const char *base, int32_t stride_bytes) {
+    const char *src = base + (int64_t)row0() * stride_bytes + chunk0() * 16;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i)
+#pragma unroll
+      for (int c = 0; c < kChunksPerLane; ++c) cp_async_16(dst + offset(i, c), src + (int64_t)stride_bytes * (i * kRowsPerPass) + c * kLanes * 16);
+  }
+  /* Rows from `rows` and chunks from `chunks` on become zeros and are not read. */
+  static __forceinline__ __device__ void load_edge(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int chunks) {
+    const char *src = base + (int64_t)row0() * stride_bytes + chunk0() * 16;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i)
+#pragma unroll
+      for (int c = 0; c < kChunksPerLane; ++c)
+        cp_async<16>(dst + offset(i, c), src + (int64_t)stride_bytes * (i * kRowsPerPass) + c * kLanes * 16,
+                     i * kRowsPerPass + row0() < rows && c * kLanes + chunk0() < chunks);
+  }
+  /* The same at any alignment (8, 4 or 2 bytes): slow, for the general kernels only. */
+  static __forceinline__ __device__ void load_unaligned(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int chunks, int align) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * tile::kChunks; i += kThreads) {
+      const int row = i / tile::kChunks, chunk = i % tile::kChunks;
+      copy_chunk(dst + tile::offset(row, chunk), base + (int64_t)row * stride_bytes + chunk * 16, row < rows && chunk < chunks, align);
+    }
+  }
+};
+
+/* ================================================================================================================================
+ * 6  mma.sync: which rows and keys a block works on
+ * ================================================================================================================================ */
+
+/* How the plan spreads the work; passed beside the descriptor. */
+struct mma_schedule {
+  divisor tiles; /* query tiles per head (of the longest sequence) */
+  divisor pack;  /* query heads packed into a tile's rows: row r is query r / pack of head r % pack; 1 or the group size */
+  divisor heads; /* heads_q / pack: units of work per batch entry */
+  divisor units; /* heads * batch */
+  divisor group; /* heads_q / heads_kv */
+  int32_t order; /* mma_order */
+  int32_t align; /* bytes that all K, V, Q and O addresses are a multiple of: 16, 8, 4 or 2 */
+};
+enum mma_order {
+  kTileFastest, /* a head's tiles one after another: they share K and V in L2 */
+  kHeavyFirst,  /* longest tiles of all heads first, when K and V of all heads fit L2 together */
+  kZigZag,      /* down through the tiles, then up: for grids of about two blocks per SM, so that a heavy and a light one meet */
+};
+
+struct mma_work {
+  int32_t batch, head, row0, rows; /* head: first query head; rows: of this unit in all, row0: the tile's first */
+  int32_t first_key, last_key;     /* keys that some row of the tile sees */
+  int32_t warp_first, warp_last;   /* keys that some row of this warp sees */
+  int32_t full_first, full_last;   /* keys that every row of this warp sees */
+  int32_t full_keys;               /* tiles below it load without a look at rows and dims */
+  flashcore_sequence seq;
+  const char *k, *v; /* key 0 of the head's K and V */
+};
+
+/* Tile, head and batch entry of a block. False: nothing to do (a tile past the end of a short sequence). */
+template <typename Tile> FLASHCORE_DEVICE bool mma_find_work(const flashcore_attention &a, const mma_schedule &plan, int32_t block, mma_work &w) {
+  int32_t tile, unit;
+  if (plan.order == kTileFastest) {
+    unit = plan.tiles.quotient(block);
+    tile = block - unit * plan.tiles.d;
+  } else {
+    tile = plan.units.quotient(block);
+    unit = block - tile * plan.units.d;
+    if (plan.order == kZigZag && tile >= plan.tiles.d / 2) tile = plan.tiles.d - 1 - (tile - plan.tiles.d / 2);
+  }
+  if (a.causal) tile = plan.tiles.d - 1 - tile; /* longest first */
+  w.batch = plan.heads.quotient(unit);
+  w.head = (unit - w.batch * plan.heads.d) * plan.pack.d;
+  w.seq = flashcore_sequence_at(&a, w.batch);
+  const int32_t kv_head = plan.group.quotient(w.head);
+  w.k = static_cast<const char *>(a.k.data) + 2 * (w.seq.k + kv_head * a.k.stride_h);
+  w.v = static_cast<const char *>(a.v.data) + 2 * (w.seq.v + kv_head * a.v.stride_h);
+  w.full_keys = a.dim_qk == Tile::kHeadDimQk && a.dim_v == Tile::kHeadDimV ? w.seq.len_kv : 0;
+  w.rows = w.seq.len_q * plan.pack.d;
+  w.row0 = tile * Tile::kBlockQ;
+  if (w.row0 >= w.rows) return false;
+  const int last_row = min(w.row0 + Tile::kBlockQ, w.rows) - 1;
+  w.first_key = flashcore_visible_keys(&a, plan.pack.quotient(w.row0), w.seq.len_q, w.seq.len_kv).first;
+  w.last_key = flashcore_visible_keys(&a, plan.pack.quotient(last_row), w.seq.len_q, w.seq.len_kv).last;
+  return true;
+}
+
+/* ================================================================================================================================
+ * 7  mma.sync: the mainloop
+ * ================================================================================================================================ */
+
+#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+
+/* What a warp keeps in registers: its rows of O, their softmax state, Q's fragments, lane addresses. One object per thread. */
+template <typename Tile> struct mma_warp {
+  using T = typename Tile::T;
+  using tile_qk = swizzled_tile<Tile::kRowBytesQk>;
+  using tile_v = swizzled_tile<Tile::kRowBytesV>;
+  static constexpr int kRowTiles = Tile::kRowTiles, kStep = Tile::kStep, kSteps = Tile::kBlockKv / kStep;
+  static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesS = kStep / 8, kTilesO = Tile::kColumns / 8;
+  static constexpr int kAddressesQk = tile_qk::kSpan > 1 ? tile_qk::kSpan / 2 : 1, kAddressesV = tile_v::kSpan > 1 ? tile_v::kSpan / 2 : 1;
+  static constexpr bool kQHeld = Tile::kQ != kQShared;
+  /* A row's terms may grow to this before the reference moves. f16: a partial sum within its range; bf16 has f32's. */
+  static constexpr float kSumLimit = element<T>::kDtype == FLASHCORE_F16 ? 8192.f : 1e18f;
+  static constexpr float kRise = 8.f; /* log2 units that count as a move when the next step decides whether to look first */
+
+  float o[kRowTiles][kTilesO][4]; /* accumulators, times l */
+  float m[kRowTiles][2];          /* reference of rows g, g + 8: log2 units */
+  float l[kRowTiles][2];          /* this lane's part of the row sum */
+  float scale_log2;
+  bool rising; /* the reference just moved far (or was never set): the next step takes the maximum first */
+  uint32_t q[kQHeld ? kRowTiles : 1][kQHeld ? kDepthQk : 1][4];
+  uint32_t q_address[kAddressesQk], k_address[kAddressesQk], v_address[kAddressesV]; /* ldmatrix lane addresses by position within a swizzle span */
+  int32_t row0;                                                                      /* this warp's first row within the block */
+
+  static __forceinline__ __device__ int lane() { return threadIdx.x & 31; }
+
+  __forceinline__ __device__ void init(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, uint32_t shared) {
+    const int warp = warp_uniform((int)threadIdx.x / 32);
+    row0 = warp % Tile::kRowWarps * Tile::kWarpRows;
+    const int column0 = warp / Tile::kRowWarps * Tile::kColumns;
+    scale_log2 = a.scale * (float)FLASHCORE_LOG2E;
+    rising = true;
+#pragma unroll
+    for (int i = 0; i < kAddressesQk; ++i) {
+      q_address[i] = shared + tile_qk::offset(row0 + lane() % 16, 2 * i + lane() / 16);
+      k_address[i] = tile_qk::offset(lane() % 8 + lane() / 16 * 8, 2 * i + lane() / 8 % 2);
+    }
+#pragma unroll
+    for (int i = 0; i < kAddressesV; ++i) v_address[i] = tile_v::offset(lane() % 16, 2 * i + lane() / 16) + column0 * 2;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      m[i][0] = m[i][1] = FLASHCORE_EMPTY_MAX;
+      l[i][0] = l[i][1] = 0.f;
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.f;
+    }
+    const int top = min(w.row0 + row0, w.rows - 1), bottom = min(w.row0 + row0 + Tile::kWarpRows, w.rows) - 1;
+    const flashcore_range r0 = flashcore_visible_keys(&a, plan.pack.quotient(top), w.seq.len_q, w.seq.len_kv);
+    const flashcore_range r1 = flashcore_visible_keys(&a, plan.pack.quotient(bottom), w.seq.len_q, w.seq.len_kv);
+    w.warp_first = r0.first, w.warp_last = r1.last, w.full_first = r1.first, w.full_last = r0.last;
+  }
+
+  /* ---- loading ---- */
+
+  /* The tile's rows of Q. Rows past the end become zeros and are never stored. */
+  template <bool kGeneral>
+  __forceinline__ __device__ void load_q(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared) {
+    const char *src = static_cast<const char *>(a.q.data) + 2 * (w.seq.q + w.head * a.q.stride_h);
+    const int chunks = a.dim_qk / 8, rows = w.rows - w.row0;
+    if (plan.pack.d == 1 && (!kGeneral || plan.align == 16)) {
+      using loader = tile_loader<Tile::kBlockQ, Tile::kRowBytesQk, Tile::kThreads>;
+      src += w.row0 * a.q.stride_s * 2;
+      if (rows >= Tile::kBlockQ && chunks == tile_qk::kChunks) loader::load(shared, src, (int32_t)a.q.stride_s * 2);
+      else loader::load_edge(shared, src, (int32_t)a.q.stride_s * 2, rows, chunks);
+      return;
+    }
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::kBlockQ * tile_qk::kChunks; i += Tile::kThreads) {
+      const int r = i / tile_qk::kChunks, chunk = i % tile_qk::kChunks, query = plan.pack.quotient(w.row0 + r);
+      const int64_t offset = query * a.q.stride_s + (w.row0 + r - query * plan.pack.d) * a.q.stride_h;
+      const bool valid = r < rows && chunk < chunks;
+      if (kGeneral && plan.align < 16) copy_chunk(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, valid, plan.align);
+      else cp_async<16>(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, valid);
+    }
+  }
+  /* Keys from `key` on of K and V into the stage at `dst`. */
+  template <bool kGeneral>
+  static __forceinline__ __device__ void load_kv(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t dst, int key) {
+    using k_loader = tile_loader<Tile::kBlockKv, Tile::kRowBytesQk, Tile::kThreads>;
+    using v_loader = tile_loader<Tile::kBlockKv, Tile::kRowBytesV, Tile::kThreads>;
+    const int32_t k_stride = (int32_t)a.k.stride_s * 2, v_stride = (int32_t)a.v.stride_s * 2, keys = w.seq.len_kv - key;
+    const char *k = w.k + (int64_t)key * k_stride, *v = w.v + (int64_t)key * v_stride;
+    if (kGeneral && plan.align < 16) {
+      k_loader::load_unaligned(dst, k, k_stride, keys, a.dim_qk / 8, plan.align);
+      v_loader::load_unaligned(dst + Tile::kBytesK, v, v_stride, keys, a.dim_v / 8, plan.align);
+    } else if (key + Tile::kBlockKv <= w.full_keys) {
+      k_loader::load(dst, k, k_stride);
+      v_loader::load(dst + Tile::kBytesK, v, v_stride);
+    } else {
+      k_loader::load_edge(dst, k, k_stride, keys, a.dim_qk / 8);
+      v_loader::load_edge(dst + Tile::kBytesK, v, v_stride, keys, a.dim_v / 8);
+    }
+  }
+
+  /* ---- the two products ---- */
+
+  __forceinline__ __device__ void q_fragment(uint32_t (&f)[4], int i, int k) const {
+    ldmatrix_x4(f, q_address[k % kAddressesQk] + k / kAddressesQk * (tile_qk::kSpan * 16) + i * 16 * Tile::kRowBytesQk);
+  }
+  __forceinline__ __device__ void hold_q() {
+    if constexpr (kQHeld) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int k = 0; k < kDepthQk; ++k) q_fragment(q[i][k], i, k);
+    }
+  }
+  /* s = Q K^T for kStep keys at `k_tile`.   [16 kRowTiles][kStep] f32 */
+  __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTilesS][4], uint32_t k_tile) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kDepthQk; ++k) {
+      uint32_t fq[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        if constexpr (kQHeld) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
+        } else q_fragment(fq[i], i, k);
+      }
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        uint32_t fk[4];
+        ldmatrix_x4(fk, k_tile + k_address[k % kAddressesQk] + k / kAddressesQk * (tile_qk::kSpan * 16) + n * 16 * Tile::kRowBytesQk);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_m16n8k16<T>(s[i][2 * n], fq[i], fk[0], fk[1]);
+          mma_m16n8k16<T>(s[i][2 * n + 1], fq[i], fk[2], fk[3]);
+        }
+      }
+    }
+  }
+  /* o += P V for kStep keys at `v_tile`; p enters as f32 and is rounded to T on the way.   [16 kRowTiles][kColumns] f32 */
+  __forceinline__ __device__ void gemm_pv(const float (&p)[kRowTiles][kTilesS][4], uint32_t v_tile) {
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      uint32_t fp[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) fp[i][x] = pack2<T>(p[i][2 * k + x / 2][x % 2 * 2], p[i][2 * k + x / 2][x % 2 * 2 + 1]);
+#pragma unroll
+      for (int n = 0; n < kTilesO / 2; ++n) {
+        uint32_t fv[4];
+        ldmatrix_x4_trans(fv, v_tile + v_address[n % kAddressesV] + n / kAddressesV * (tile_v::kSpan * 16) + k * 16 * Tile::kRowBytesV);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_m16n8k16<T>(o[i][2 * n], fp[i], fv[0], fv[1]);
+          mma_m16n8k16<T>(o[i][2 * n + 1], fp[i], fv[2], fv[3]);
+        }
+      }
+    }
+  }
+
+  /* ---- scores to probabilities ---- */
+
+  /* Row index within the unit of accumulator half h (rows g, g + 8) of row tile i. */
+  __forceinline__ __device__ int row_of(const mma_work &w, int i, int h) const { return w.row0 + row0 + i * 16 + h * 8 + lane() / 4; }
+
+  /* Edge tiles only: -inf where a row does not see a key. `key`: the step's first. */
+  __forceinline__ __device__ void mask(float (&s)[kRowTiles][kTilesS][4], const flashcore_attention &a, const mma_schedule &plan, const mma_work &w,
+                                       int key) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = plan.pack.quotient(min(row_of(w, i, h), w.rows - 1));
+        const flashcore_range r = flashcore_visible_keys(&a, query, w.seq.len_q, w.seq.len_kv);
+        const int base = key + 2 * (lane() % 4), begin = r.first - base, end = r.last - base;
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+          for (int x = 0; x < 2; ++x)
+            if (n * 8 + x < begin || n * 8 + x >= end) s[i][n][2 * h + x] = -INFINITY;
+      }
+  }
+  /* The score rule on every element: raw products become logits in log2 units (scale_log2 is 1 from then on). */
+  template <typename Rule>
+  __forceinline__ __device__ void apply_rule(float (&s)[kRowTiles][kTilesS][4], const flashcore_attention &a, const mma_schedule &plan,
+                                             const mma_work &w, int key, const Rule &rule) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = min(row_of(w, i, h), w.rows - 1);
+        const int query = plan.pack.quotient(row);
+        score_position at = {w.batch, w.head + row - query * plan.pack.d, query, 0, w.seq.len_q, w.seq.len_kv};
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            at.key = min(key + n * 8 + 2 * (lane() % 4) + x, w.seq.len_kv - 1); /* past the end: masked later, but a rule may read memory */
+            s[i][n][2 * h + x] = rule(a, s[i][n][2 * h + x] * a.scale, at) * (float)FLASHCORE_LOG2E;
+          }
+      }
+  }
+  /* Move every row's reference to its maximum so far; o and l follow. */
+  __forceinline__ __device__ void raise(const float (&s)[kRowTiles][kTilesS][4]) {
+    rising = false;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x = s[i][0][2 * h];
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+        const float top = fmaxf(m[i][h], quad_max(x) * scale_log2), factor = ex2(m[i][h] - top);
+        rising |= top > m[i][h] + kRise && m[i][h] > FLASHCORE_EMPTY_MAX;
+        m[i][h] = top;
+        l[i][h] *= factor;
+#pragma unroll
+        for (int n = 0; n < kTilesO; ++n) {
+          o[i][n][2 * h] *= factor;
+          o[i][n][2 * h + 1] *= factor;
+        }
+      }
+    rising = __any_sync(0xffffffffu, rising);
+  }
+  /* s becomes p = exp2(s - m); sum: this lane's part of the rows' sums. */
+  __forceinline__ __device__ void exponentiate(float (&s)[kRowTiles][kTilesS][4], float (&sum)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      sum[i][0] = sum[i][1] = 0.f;
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          s[i][n][x] = ex2(fmaf(s[i][n][x], scale_log2, -m[i][x / 2]));
+          sum[i][x / 2] += s[i][n][x];
+        }
+    }
+  }
+  /* Do the terms of this step stay small enough for the reference to stay? (NaN counts as large.)   callers  all 32 lanes, converged */
+  static __forceinline__ __device__ bool sums_are_small(const float (&sum)[kRowTiles][2]) {
+    bool small = true;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) small &= sum[i][0] <= kSumLimit && sum[i][1] <= kSumLimit;
+    return __all_sync(0xffffffffu, small);
+  }
+  /* One K/V stage whose keys every row of the warp sees: s = Q K^T, p = exp2(s - m), o += P V, without a running maximum. The terms are taken
+   * against the old reference; their sums bound them all, and only where one is large does the reference move and the step repeat. The products
+   * of the next step are issued before the exponentials of this one, so that the tensor cores have work meanwhile.
+   *   units    p = exp2(s * scale_log2 - m), at most kSumLimit
+   *   callers  all 32 lanes, converged; no barrier */
+  __forceinline__ __device__ void inner_tile(uint32_t k_tile, uint32_t v_tile) {
+    float s[kSteps > 1 ? 2 : 1][kRowTiles][kTilesS][4], sum[kRowTiles][2];
+    gemm_qk(s[0], k_tile);
+#pragma unroll
+    for (int c = 0; c < kSteps; ++c) {
+      if (c + 1 < kSteps) gemm_qk(s[(c + 1) % 2], k_tile + (c + 1) * kStep * Tile::kRowBytesQk);
+      exponentiate(s[c % 2], sum);
+      if (!sums_are_small(sum)) { /* once in a long while: K is still there to start again from (keeping S and P both would cost 32 registers) */
+        gemm_qk(s[c % 2], k_tile + c * kStep * Tile::kRowBytesQk);
+        raise(s[c % 2]);
+        exponentiate(s[c % 2], sum);
+      }
+      add_sums(sum);
+      gemm_pv(s[c % 2], v_tile + c * kStep * Tile::kRowBytesV);
+    }
+  }
+  /* One K/V stage at an edge, under a score rule, or right after the reference moved: the classic online softmax, maximum first.
+   *   edge     a row with no visible key yet keeps m = FLASHCORE_EMPTY_MAX, p = 0, l = 0 */
+  template <typename Rule>
+  __forceinline__ __device__ void edge_tile(uint32_t k_tile, uint32_t v_tile, const flashcore_attention &a, const mma_schedule &plan,
+                                            const mma_work &w, int key0, const Rule &rule) {
+    float s[kRowTiles][kTilesS][4], sum[kRowTiles][2];
+#pragma unroll 1
+    for (int c = 0; c < kSteps; ++c) {
+      const int key = key0 + c * kStep;
+      if (key >= w.warp_last || key + kStep <= w.warp_first) continue;
+      gemm_qk(s, k_tile + c * kStep * Tile::kRowBytesQk);
+      if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
+      if (key + kStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
+      raise(s);
+      exponentiate(s, sum);
+      add_sums(sum);
+      gemm_pv(s, v_tile + c * kStep * Tile::kRowBytesV);
+    }
+  }
+  __forceinline__ __device__ void add_sums(const float (&sum)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      l[i][0] += sum[i][0];
+      l[i][1] += sum[i][1];
+    }
+  }
+
+  /* ---- the loop ---- */
+
+  /* All keys of the block's rows. Callers: all threads of the block, after load_q; on return shared memory is still being read by other warps. */
+  template <typename Rule>
+  __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared,
+                                           const Rule &rule) {
+    constexpr bool kGeneral = Rule::kActive;
+    const int tile0 = w.first_key / Tile::kBlockKv, tile_end = (w.last_key + Tile::kBlockKv - 1) / Tile::kBlockKv;
+    const auto stage_at = [&](int stage) { return shared + Tile::kOffsetKv + stage * (Tile::kBytesK + Tile::kBytesV); };
+    const auto fill = [&](int tile, int stage) {
+      if (tile < tile_end) load_kv<kGeneral>(a, plan, w, stage_at(stage), tile * Tile::kBlockKv);
+      cp_async_commit();
+    };
+    if constexpr (Tile::kQ == kQRegistersReuse) {
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      hold_q();
+      __syncthreads(); /* K and V go where Q was */
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kStages - 1; ++i) fill(tile0 + i, i);
+    if constexpr (Tile::kQ == kQRegisters) {
+      cp_async_wait<Tile::kStages - 2>();
+      __syncthreads();
+      hold_q();
+    }
+    if constexpr (kGeneral) scale_log2 = 1.f; /* apply_rule scales */
+    /* Tiles that every row of this warp sees in full have a loop of their own: its registers and instructions are the kernel's speed. */
+    const int inner_begin = (w.full_first + Tile::kBlockKv - 1) / Tile::kBlockKv, inner_end = kGeneral ? 0 : w.full_last / Tile::kBlockKv;
+    int tile = tile0, stage = 0;
+    const auto begin_tile = [&] { /* the stage of this tile is there, the one before it is free */
+                                  cp_async_wait<Tile::kStages - 2>();
+                                  __syncthreads();
+                                  fill(tile + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
+    };
+    const auto end_tile = [&] {
+      ++tile;
+      if (++stage == Tile::kStages) stage = 0;
+    };
+    while (tile < tile_end) {
+      if (tile >= inner_begin)
+        while (tile < inner_end && !rising) {
+          begin_tile();
+          inner_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK);
+          end_tile();
+        }
+      if (tile >= tile_end) break;
+      begin_tile();
+      edge_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, a, plan, w, tile * Tile::kBlockKv, rule);
+      end_tile();
+    }
+    cp_async_wait<0>();
+  }
+
+  /* ---- the end ---- */
+
+  /* Row sums over the quad, sink, LSE; o becomes the result. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w) {
+    softmax_state state[kRowTiles][2];
+    float factor[kRowTiles][2];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        state[i][h] = {m[i][h], quad_sum(l[i][h])};
+        factor[i][h] = 1.f;
+      }
+    if (a.sink || a.lse) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_of(w, i, h), query = plan.pack.quotient(row), head = w.head + row - query * plan.pack.d;
+          if (row >= w.rows) continue;
+          if (a.sink) factor[i][h] = softmax_add_sink(state[i][h], a.sink[head]);
+          if (a.lse && lane() % 4 == 0 && threadIdx.x < Tile::kRowWarps * 32)
+            a.lse[((int64_t)w.batch * a.heads_q + head) * a.seq_q + query] = softmax_lse(state[i][h], a.lse_base2 != 0);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        factor[i][h] *= softmax_inverse(state[i][h]);
+#pragma unroll
+        for (int n = 0; n < kTilesO; ++n) {
+          o[i][n][2 * h] *= factor[i][h];
+          o[i][n][2 * h + 1] *= factor[i][h];
+        }
+      }
+  }
+  /* O through shared memory, so that global stores are 16 bytes wide; live rows and dims only. */
+  template <bool kGeneral>
+  __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, unsigned char *shared) {
+    if (!Tile::kOwnRowsForO) __syncthreads();
+    const int chunk0 = (int)threadIdx.x / 32 / Tile::kRowWarps * (Tile::kColumns / 8);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          *reinterpret_cast<uint32_t *>(shared + tile_v::offset(row0 + i * 16 + h * 8 + lane() / 4, chunk0 + n) + lane() % 4 * 4) =
+              pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
+    __syncwarp();
+    constexpr int kChunks = Tile::kColumns / 8, kLowBit = kChunks & -kChunks, kLanes = kLowBit < 32 ? kLowBit : 32; /* lanes along a row */
+    constexpr int kRowsPerPass = 32 / kLanes, kPasses = Tile::kWarpRows / kRowsPerPass;
+    const int r0 = row0 + lane() / kLanes, rows = w.rows - w.row0;
+    char *base = static_cast<char *>(a.o.data) + 2 * (w.seq.o + w.head * a.o.stride_h);
+    const int64_t stride = 2 * a.o.stride_s;
+    if (plan.pack.d == 1 && row0 + Tile::kWarpRows <= rows && a.dim_v == Tile::kHeadDimV && (!kGeneral || plan.align == 16)) {
+      char *dst = base + (w.row0 + r0) * stride + (chunk0 + lane() % kLanes) * 16;
+#pragma unroll
+      for (int i = 0; i < kPasses; ++i)
+#pragma unroll
+        for (int c = 0; c < kChunks; c += kLanes)
+          *reinterpret_cast<uint4 *>(dst + i * kRowsPerPass * stride + c * 16) =
+              *reinterpret_cast<const uint4 *>(shared + tile_v::offset(r0 + i * kRowsPerPass, chunk0 + c + lane() % kLanes));
+      return;
+    }
+#pragma unroll 1
+    for (int i = lane(); i < Tile::kWarpRows * kChunks; i += 32) {
+      const int r = row0 + i / kChunks, chunk = chunk0 + i % kChunks, query = plan.pack.quotient(w.row0 + r);
+      if (r >= rows || chunk * 8 >= a.dim_v) continue;
+      char *dst = base + query * stride + 2 * (w.row0 + r - query * plan.pack.d) * a.o.stride_h + chunk * 16;
+      const uint4 value = *reinterpret_cast<const uint4 *>(shared + tile_v::offset(r, chunk));
+      if (kGeneral && plan.align < 16) store_chunk(dst, value);
+      else *reinterpret_cast<uint4 *>(dst) = value;
+    }
+  }
+};
+
+#endif /* FLASHCORE_HAS_SM80 */
+
+/* ================================================================================================================================
+ * 8  mma.sync: kernel
+ * ================================================================================================================================ */
+
+/* O = softmax(rule(Q K^T)) V for one tile of query rows. */
+template <typename Tile, typename Rule>
+FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    mma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ mma_schedule plan, const Rule rule) {
+#if FLASHCORE_HAS_SM80
+  extern __shared__ __align__(128) unsigned char flashcore_shared[];
+  const uint32_t shared = shared_address(flashcore_shared);
+  __shared__ mma_work works[Tile::kThreads / 32]; /* the loop's rare readers find it here; in registers it would cost spills */
+  mma_work work;
+  if (!mma_find_work<Tile>(a, plan, blockIdx.x, work)) return;
+  mma_warp<Tile> warp;
+  warp.template load_q<Rule::kActive>(a, plan, work, shared);
+  warp.init(a, plan, work, shared);
+  mma_work &mine = works[threadIdx.x / 32];
+  if (threadIdx.x % 32 == 0) mine = work;
+  __syncwarp();
+  warp.mainloop(a, plan, mine, shared, rule);
+  warp.finish(a, plan, mine);
+  warp.template store<Rule::kActive>(a, plan, mine, flashcore_shared);
+#else
+  __trap();
+#endif
+}
+
+} // namespace v0_1_0
+} // namespace flashcore
+
+/* ================================================================================================================================
+ * 9  mma.sync: plan and launch
+ * ================================================================================================================================ */
+#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+/* Bytes that a tensor's rows are all multiples of: 16, 8, 4 or 2. */
+static int flashcore_mma_align(const flashcore_tensor *t, bool packed) {
+  const uint64_t bits =
+      (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)(t->stride_s | t->stride_h | (packed ? 0 : t->stride_b)) | 16u;
+  return (int)(bits & (~bits + 1));
+}
+
+static flashcore_status flashcore_mma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  if (a->dtype != FLASHCORE_F16 && a->dtype != FLASHCORE_BF16)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, 0, "dtype: the mma kernel serves fp16 and bf16, not %d",
+                            (int)a->dtype);
+  if (a->dtype_kv != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
+                            "dtype_kv: the mma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_kv);
+  if (a->dtype_o != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, a->dtype,
+                            "dtype_o: the mma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_o);
+  if (device->arch < 80)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 80, "the mma kernel needs sm_80, the device is sm_%d",
+                            (int)device->arch);
+  if (!flashcore_arch_compiled(device->arch, 80))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 80,
+                            "the mma kernel was not compiled for sm_%d (from sm_80 on)", (int)device->arch);
+  if (a->page_table)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0, "page_table: the mma kernel does not read paged K and V");
+  if (a->num_splits > 1 || a->split_len > 0)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, a->split_len > 0 ? "split_len" : "num_splits",
+                            a->split_len > 0 ? a->split_len : a->num_splits, 1, "the mma kernel does not split the keys");
+  const int32_t dims[2] = {a->dim_qk, a->dim_v};
+  for (int i = 0; i < 2; ++i)
+    if (dims[i] % 8)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], 8,
+                              "%s: the mma kernel serves multiples of 8, not %d", i ? "dim_v" : "dim_qk", (int)dims[i]);
+  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
+  const char *names[4] = {"q", "k", "v", "o"};
+  for (int i = 0; i < 4; ++i)
+    if (tensors[i]->stride_s > INT32_MAX / 2 || tensors[i]->stride_s < -(INT32_MAX / 2))
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], tensors[i]->stride_s, INT32_MAX / 2,
+                              "%s: the mma kernel needs rows less than 2 GiB apart, not %lld elements", names[i], (long long)tensors[i]->stride_s);
+  return FLASHCORE_OK;
+}
+
+/* The instance a problem gets. */
+template <typename Tile> static void flashcore_mma_use(bool general, flashcore_plan *plan) {
+  plan->kernel = general ? reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::descriptor_rule>)
+                         : reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::no_rule>);
+  plan->d.block_q = Tile::kBlockQ;
+  plan->d.block_kv = Tile::kBlockKv;
+  plan->d.stages = Tile::kStages;
+  plan->d.head_dim_qk = Tile::kHeadDimQk;
+  plan->d.head_dim_v = Tile::kHeadDimV;
+  plan->d.threads = Tile::kThreads;
+  plan->d.shared_bytes = Tile::kSharedBytes;
+}
+
+/* Pick the tile for head dims (Qk, V): its compact form where it has one and the SM is small, its narrow form where the wide one would leave the chip
+ * or the tile half empty, and for general kernels. Measured on an H200: see README, "Performance". */
+template <typename T, int kQk, int kV, bool kHasCompact, bool kHasNarrow>
+static void flashcore_mma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  using wide = flashcore::mma_tile_for<T, kQk, kV, flashcore::kWide>;
+  const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch;
+  const bool small_grid = rows < (int64_t)device->sm_count * 2 * wide::kBlockQ && a->split_len == 0;
+  if constexpr (kHasNarrow) {
+    if (general || small_grid || (a->causal && a->seq_kv <= 1024))
+      return flashcore_mma_use<flashcore::mma_tile_for<T, kQk, kV, flashcore::kNarrow>>(general, plan);
+  }
+  if constexpr (kHasCompact) {
+    if (!general && device->shared_per_sm < 160 * 1024)
+      return flashcore_mma_use<flashcore::mma_tile_for<T, kQk, kV, flashcore::kCompact>>(false, plan);
+  }
+  if constexpr (kHasNarrow) flashcore_mma_use<wide>(false, plan);
+  else flashcore_mma_use<wide>(general, plan);
+}
+
+/* The smallest instance that holds both dims; false where there is none. */
+template <typename T>
+static bool flashcore_mma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  const int qk = a->dim_qk, v = a->dim_v, dim = qk > v ? qk : v;
+  if (dim <= 32) flashcore_mma_pick<T, 32, 32, false, true>(a, device, general, plan);
+  else if (dim <= 64) flashcore_mma_pick<T, 64, 64, true, true>(a, device, general, plan);
+  else if (dim <= 80) flashcore_mma_pick<T, 80, 80, false, true>(a, device, general, plan);
+  else if (dim <= 96) flashcore_mma_pick<T, 96, 96, false, true>(a, device, general, plan);
+  else if (dim <= 128) flashcore_mma_pick<T, 128, 128, false, true>(a, device, general, plan);
+  else if (qk <= 192 && v <= 128) flashcore_mma_pick<T, 192, 128, false, false>(a, device, general, plan);
+  else if (dim <= 192) flashcore_mma_pick<T, 192, 192, false, false>(a, device, general, plan);
+  else if (dim <= 256) flashcore_mma_pick<T, 256, 256, true, false>(a, device, general, plan);
+  else if (dim <= 512) flashcore_mma_pick<T, 512, 512, false, false>(a, device, general, plan);
+  else return false;
+  return true;
+}
+
+enum { FLASHCORE_MMA_PACK, FLASHCORE_MMA_ALIGN, FLASHCORE_MMA_ORDER, FLASHCORE_MMA_TILES }; /* plan->param */
+
+/* Rows, packing and order of the grid. */
+static flashcore_status flashcore_mma_schedule(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                               flashcore_error *error) {
+  flashcore_description *d = &plan->d;
+  const int32_t group = a->heads_q / a->heads_kv;
+  const int64_t block_q = d->block_q, tiles = (a->seq_q + block_q - 1) / block_q, packed_tiles = ((int64_t)a->seq_q * group + block_q - 1) / block_q;
+  const bool pack = packed_tiles < tiles * group && (int64_t)a->seq_q * group <= FLASHCORE_MAX_SEQ;
+  d->packed_group = pack ? group : 1;
+  d->grid = (pack ? packed_tiles : tiles) * (a->heads_q / d->packed_group);
+  if (d->grid > INT32_MAX / a->batch)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
+                            "batch: %d entries of %lld blocks pass the mma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
+  d->grid *= a->batch;
+  plan->param[FLASHCORE_MMA_PACK] = d->packed_group;
+  plan->param[FLASHCORE_MMA_TILES] = (int32_t)(pack ? packed_tiles : tiles);
+  const int64_t kv_bytes = (int64_t)a->batch * a->heads_kv * a->seq_kv * (a->dim_qk + a->dim_v) * 2;
+  plan->param[FLASHCORE_MMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
+                                     : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
+                                     : kv_bytes <= (int64_t)(30 << 20) ? flashcore::kHeavyFirst /* half of an H100's or L4's L2 */
+                                                                       : flashcore::kTileFastest;
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                           flashcore_error *error) {
+  const flashcore_status status = flashcore_mma_check(a, device, error);
+  if (status != FLASHCORE_OK) return status;
+  const int aligns[4] = {flashcore_mma_align(&a->q, a->cu_seqlens_q != nullptr), flashcore_mma_align(&a->k, a->cu_seqlens_kv != nullptr),
+                         flashcore_mma_align(&a->v, a->cu_seqlens_kv != nullptr), flashcore_mma_align(&a->o, a->cu_seqlens_q != nullptr)};
+  int align = 16;
+  for (int bytes : aligns) align = bytes < align ? bytes : align;
+  const bool general = align < 16 || a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits;
+  bool found = false;
+#if !defined(FLASHCORE_NO_F16)
+  if (a->dtype == FLASHCORE_F16) found = flashcore_mma_select<__half>(a, device, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (a->dtype == FLASHCORE_BF16) found = flashcore_mma_select<__nv_bfloat16>(a, device, general, plan);
+#endif
+  if (!found)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the mma kernel was compiled without type %d",
+                            (int)a->dtype);
+  plan->d.backend = FLASHCORE_BACKEND_MMA;
+  plan->d.splits = 1;
+  plan->param[FLASHCORE_MMA_ALIGN] = align;
+  snprintf(plan->d.kernel, sizeof plan->d.kernel, "mma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)plan->d.head_dim_qk,
+           (int)plan->d.head_dim_v, (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
+  return flashcore_mma_schedule(a, device, plan, error);
+}
+
+static flashcore_status flashcore_mma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                             flashcore_error *error) {
+  flashcore_attention args = *a;
+  const int32_t pack = plan->param[FLASHCORE_MMA_PACK], heads = a->heads_q / pack;
+  flashcore::mma_schedule schedule = {flashcore::make_divisor(plan->param[FLASHCORE_MMA_TILES]),
+                                      flashcore::make_divisor(pack),
+                                      flashcore::make_divisor(heads),
+                                      flashcore::make_divisor((int32_t)(plan->d.grid / plan->param[FLASHCORE_MMA_TILES])),
+                                      flashcore::make_divisor(a->heads_q / a->heads_kv),
+                                      plan->param[FLASHCORE_MMA_ORDER],
+                                      plan->param[FLASHCORE_MMA_ALIGN]};
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  void *kernel_args[3] = {&args, &schedule, &rule};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+static flashcore_backend_ops flashcore_mma_ops = {FLASHCORE_BACKEND_MMA, flashcore_mma_plan, flashcore_mma_launch, nullptr};
+static struct flashcore_mma_registration {
+  __forceinline__ flashcore_mma_registration() { flashcore_register_backend(&flashcore_mma_ops); }
+} flashcore_mma_registered;
+
+#endif /* implementation */
+
+#endif /* __CUDACC__ */
+
+/* MIT licence: see LICENSE. Copyright (c) 2026 FlashCore authors. */
+#endif /* FLASHCORE_WMMA_CUH */

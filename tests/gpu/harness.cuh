@@ -1,0 +1,851 @@
+/* The harness: from one Case (every choice of a problem, printable and parsable) to tensors, a run of the library, and a verdict.
+ *
+ * Memory is hostile: every allocation, guard bands included, starts as one NaN pattern; data is written only where the contract lets a kernel
+ * read. After a run each live output is compared and put back to the pattern, and then the whole allocation must be the pattern again: this
+ * one check covers guard bands, gaps between strided rows, and rows past the end of a sequence. Inputs must be unchanged. */
+#ifndef FLASHCORE_TESTS_HARNESS_CUH
+#define FLASHCORE_TESTS_HARNESS_CUH
+
+#include "oracle.cuh"
+#include "report.h"
+
+#include <algorithm>
+#include <string.h>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <vector>
+
+/* ---- the case ------------------------------------------------------------------------------------------------------------------ */
+
+enum Layout {
+  LAYOUT_BSHD,
+  LAYOUT_BHSD,
+  LAYOUT_PACKED,   // Q, K, V side by side in each row of one allocation
+  LAYOUT_SLICE,    // odd offset and odd strides: aligned to an element only
+  LAYOUT_HEAD0,    // all KV heads are one (stride 0)
+  LAYOUT_BATCH0,   // all batch entries share K and V (stride 0)
+  LAYOUT_NEGATIVE, // Q, K, V stored last row first
+  LAYOUT_PADDED,   // 16-byte aligned, with gaps after dims, heads and rows
+  LAYOUT_FAR,      // rows so far apart that offsets pass 2^31 elements
+  LAYOUT_COUNT
+};
+
+enum Data {
+  DATA_NORMAL,
+  DATA_STD16,    // logits of standard deviation 16
+  DATA_RAMP,     // +10 nats every 64 keys
+  DATA_LAST,     // the last key is 20 nats above the rest
+  DATA_FIRST,    // the first key is: processed last by a kernel that goes backwards
+  DATA_HUGE,     // logits of +-2.5e5
+  DATA_CONSTANT, // all logits equal, all values of a dim equal
+  DATA_NAN_ROW,  // one query row is NaN
+  DATA_COUNT
+};
+
+enum Lengths { SEQLENS_KV = 1, SEQLENS_Q = 2, CU_SEQLENS_KV = 4, CU_SEQLENS_Q = 8 };
+enum Bias { BIAS_NONE, BIAS_DENSE, BIAS_SHARED, BIAS_PER_KEY, BIAS_HIDING, BIAS_TRANSPOSED, BIAS_COUNT };
+enum Mask { MASK_NONE, MASK_DENSE, MASK_SHARED, MASK_COUNT };
+
+struct Case {
+  int dtype = FLASHCORE_F16, dtype_o = 0;
+  int batch = 1, heads_q = 1, heads_kv = 1, seq_q = 64, seq_kv = 64, dim_qk = 64, dim_v = 64;
+  int lse = 1; // 0 not wanted, 1 natural, 2 base 2
+  int causal = 0, window = 0, left = -1, right = -1;
+  int alibi = 0; // 1 shared by the batch, 2 per batch entry
+  int bias = 0, bias_dtype = 0, mask = 0, sink = 0;
+  int lengths = 0; // bits of Lengths
+  int page = 0;    // page size
+  int splits = 0, split_len = 0;
+  int backend = 0, layout = 0, data = 0, broken = 0, seed = 1;
+  float scale = 0, softcap = 0;
+};
+
+using WholeField = int Case::*;
+using RealField = float Case::*;
+struct CaseField { // one of the two pointers is set
+  const char *name;
+  WholeField whole;
+  RealField real;
+};
+
+inline const std::vector<CaseField> &case_fields() {
+  static const std::vector<CaseField> fields = {
+      {"dtype", &Case::dtype, nullptr},
+      {"dtype_o", &Case::dtype_o, nullptr},
+      {"batch", &Case::batch, nullptr},
+      {"heads_q", &Case::heads_q, nullptr},
+      {"heads_kv", &Case::heads_kv, nullptr},
+      {"seq_q", &Case::seq_q, nullptr},
+      {"seq_kv", &Case::seq_kv, nullptr},
+      {"dim_qk", &Case::dim_qk, nullptr},
+      {"dim_v", &Case::dim_v, nullptr},
+      {"lse", &Case::lse, nullptr},
+      {"causal", &Case::causal, nullptr},
+      {"window", &Case::window, nullptr},
+      {"left", &Case::left, nullptr},
+      {"right", &Case::right, nullptr},
+      {"alibi", &Case::alibi, nullptr},
+      {"bias", &Case::bias, nullptr},
+      {"bias_dtype", &Case::bias_dtype, nullptr},
+      {"mask", &Case::mask, nullptr},
+      {"sink", &Case::sink, nullptr},
+      {"lengths", &Case::lengths, nullptr},
+      {"page", &Case::page, nullptr},
+      {"splits", &Case::splits, nullptr},
+      {"split_len", &Case::split_len, nullptr},
+      {"backend", &Case::backend, nullptr},
+      {"layout", &Case::layout, nullptr},
+      {"data", &Case::data, nullptr},
+      {"broken", &Case::broken, nullptr},
+      {"seed", &Case::seed, nullptr},
+      {"scale", nullptr, &Case::scale},
+      {"softcap", nullptr, &Case::softcap},
+  };
+  return fields;
+}
+
+/* "heads_q=4 causal=1 ...": the fields that differ from the defaults. */
+inline std::string to_string(const Case &c) {
+  const Case defaults;
+  std::string text;
+  for (const CaseField &f : case_fields()) {
+    if (f.whole && c.*f.whole != defaults.*f.whole) text += format("%s%s=%d", text.empty() ? "" : " ", f.name, c.*f.whole);
+    if (f.real && c.*f.real != defaults.*f.real) text += format("%s%s=%.9g", text.empty() ? "" : " ", f.name, (double)(c.*f.real));
+  }
+  return text;
+}
+
+inline std::string reproduce(const Case &c) { return "test_sweep --case \"" + to_string(c) + "\""; }
+
+/* False where a word is not name=number with a known name. */
+inline bool parse(const std::string &text, Case *c) {
+  std::istringstream words(text);
+  std::string word;
+  while (words >> word) {
+    const size_t equals = word.find('=');
+    bool known = false;
+    for (const CaseField &f : case_fields()) {
+      if (equals == std::string::npos || word.substr(0, equals) != f.name) continue;
+      if (f.whole) c->*f.whole = atoi(word.c_str() + equals + 1);
+      else c->*f.real = (float)atof(word.c_str() + equals + 1);
+      known = true;
+    }
+    if (!known) return false;
+  }
+  return true;
+}
+
+/* ---- memory -------------------------------------------------------------------------------------------------------------------- */
+
+constexpr uint32_t kPoison = 0x7fef7fefu; // a NaN as fp32, as two fp16 and as two bf16; as an integer far out of every range
+constexpr size_t kGuardBytes = 16384;
+
+static __global__ void fill_words(uint32_t *words, int64_t count, uint32_t value) {
+  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) words[i] = value;
+}
+
+/* result[0]: words that differ from `value`; result[1]: a sum that changes when any word changes. */
+static __global__ void inspect_words(const uint32_t *words, int64_t count, uint32_t value, unsigned long long *result) {
+  unsigned long long differing = 0, sum = 0;
+  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+    differing += words[i] != value;
+    sum += (words[i] + 1ull) * (2ull * (unsigned long long)i + 1ull);
+  }
+  if (differing) atomicAdd(&result[0], differing);
+  atomicAdd(&result[1], sum);
+}
+
+inline unsigned grid_for(int64_t items) { return (unsigned)std::min<int64_t>(std::max<int64_t>((items + 255) / 256, 1), 4096); }
+
+/* Counters that kernels add to; read after a synchronisation. */
+template <typename T> struct Scalar {
+  T *device = nullptr;
+  explicit Scalar(int byte = 0) {
+    CUDA_OK(cudaMalloc(&device, sizeof(T)));
+    CUDA_OK(cudaMemset(device, byte, sizeof(T)));
+  }
+  ~Scalar() { cudaFree(device); }
+  Scalar(const Scalar &) = delete;
+  T read() const {
+    T value;
+    CUDA_OK(cudaMemcpy(&value, device, sizeof(T), cudaMemcpyDeviceToHost));
+    return value;
+  }
+};
+
+struct Words {
+  unsigned long long differing, sum;
+};
+
+/* One device allocation between two guard bands, all of it poison at first. */
+struct Memory {
+  char *base = nullptr;
+  size_t bytes = 0; // guards included; whole words
+
+  explicit Memory(size_t payload) : bytes(2 * kGuardBytes + (payload + 255) / 256 * 256) {
+    CUDA_OK(cudaMalloc(&base, bytes));
+    poison();
+  }
+  ~Memory() { cudaFree(base); }
+  Memory(const Memory &) = delete;
+
+  template <typename T = void> T *data() const { return reinterpret_cast<T *>(base + kGuardBytes); }
+  int64_t words() const { return (int64_t)(bytes / 4); }
+  void poison() { fill_words<<<grid_for(words()), 256>>>((uint32_t *)base, words(), kPoison); }
+  Words inspect() const {
+    Scalar<Words> result;
+    inspect_words<<<grid_for(words()), 256>>>((const uint32_t *)base, words(), kPoison, (unsigned long long *)result.device);
+    return result.read();
+  }
+  template <typename T> void upload(const std::vector<T> &values) {
+    CUDA_OK(cudaMemcpy(data(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+};
+
+/* ---- data ---------------------------------------------------------------------------------------------------------------------- */
+
+/* A number from a seed and a place: the same on every run and whatever the order of the threads. */
+static __host__ __device__ inline uint64_t hash(uint64_t seed, uint64_t x) {
+  x += 0x9e3779b97f4a7c15ull * (seed + 1);
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+static __device__ inline float normal(uint64_t seed, uint64_t x) {
+  const uint64_t bits = hash(seed, x);
+  const float u = ((float)(bits >> 40) + 0.5f) * 0x1p-24f, angle = (float)(bits & 0xffffff) * 0x1p-24f;
+  return sqrtf(-2.f * logf(u)) * cospif(2.f * angle);
+}
+
+static __device__ inline void write_element(void *p, int dtype, int64_t i, float x) {
+  if (dtype == FLASHCORE_F32) static_cast<float *>(p)[i] = x;
+  else if (dtype == FLASHCORE_F16) static_cast<__half *>(p)[i] = __float2half_rn(x);
+  else static_cast<__nv_bfloat16 *>(p)[i] = __float2bfloat16_rn(x);
+}
+
+enum Role { ROLE_Q, ROLE_K, ROLE_V, ROLE_O };
+
+/* What a kernel needs to visit the live rows of one tensor. */
+struct Walk {
+  flashcore_tensor t;
+  int dtype, batch, rows, heads, dim; // rows: capacity of one sequence
+  const int32_t *len;                 // live rows of each sequence, as the host worked them out
+  const int32_t *cu;                  // packed: first row of each sequence
+  const int32_t *pages;               // paged: the table
+  int64_t pages_stride;
+  int page_size, num_pages;
+};
+
+/* Offset of (b, row, head, 0); oracle::kMissing where that row is not live. */
+static __device__ inline int64_t place(const Walk &w, int b, int row, int head) {
+  if (row >= w.len[b]) return oracle::kMissing;
+  const int64_t at = head * w.t.stride_h;
+  if (w.cu) return at + ((int64_t)w.cu[b] + row) * w.t.stride_s;
+  if (!w.pages) return at + b * w.t.stride_b + row * w.t.stride_s;
+  const int page = w.pages[b * w.pages_stride + row / w.page_size];
+  return page < 0 || page >= w.num_pages ? oracle::kMissing : at + page * w.t.stride_b + row % w.page_size * w.t.stride_s;
+}
+
+struct Content {
+  int role, data;
+  uint64_t seed;
+  float lead, step; // the structured part of a logit is q[0] * k[0]: lead on the query side, in steps on the key side
+  int nan_b, nan_h, nan_i;
+};
+
+static __device__ inline float content_at(const Content &c, int b, int row, int head, int d, int len, int64_t address) {
+  const float x = normal(c.seed * 4 + c.role, (uint64_t)address);
+  if (c.role == ROLE_V) return c.data == DATA_CONSTANT ? 1.f + (float)(d % 7) / 8.f : x;
+  if (c.data == DATA_CONSTANT) return c.role == ROLE_Q ? 1.f : 0.5f;
+  if (c.data == DATA_STD16) return c.role == ROLE_Q ? 16.f * x : x;
+  if (c.data == DATA_NAN_ROW) return c.role == ROLE_Q && b == c.nan_b && head == c.nan_h && row == c.nan_i ? NAN : x;
+  if (c.data == DATA_NORMAL || d > 0) return x;
+  if (c.role == ROLE_Q) return c.lead;
+  if (c.data == DATA_RAMP) return c.step * (float)row;
+  if (c.data == DATA_LAST) return row == len - 1 ? c.step : 0.f;
+  if (c.data == DATA_FIRST) return row == 0 ? c.step : 0.f;
+  return hash(c.seed, (uint64_t)row) & 1 ? c.step : -c.step; // DATA_HUGE
+}
+
+static __global__ void fill_tensor(Walk w, Content c) {
+  const int64_t total = (int64_t)w.batch * w.rows * w.heads * w.dim;
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < total; n += (int64_t)gridDim.x * blockDim.x) {
+    const int d = (int)(n % w.dim), head = (int)(n / w.dim % w.heads);
+    const int row = (int)(n / w.dim / w.heads % w.rows), b = (int)(n / w.dim / w.heads / w.rows);
+    const int64_t at = place(w, b, row, head);
+    if (at != oracle::kMissing) write_element(w.t.data, w.dtype, at + d, content_at(c, b, row, head, d, w.len[b], at + d));
+  }
+}
+
+struct BiasWalk {
+  void *data;
+  int dtype, mode, batch, heads, seq_q, seq_kv;
+  int64_t stride_b, stride_h, stride_q, stride_kv;
+  const int32_t *len_q, *len_kv;
+  uint64_t seed;
+};
+
+static __global__ void fill_bias(BiasWalk w) {
+  const int64_t total = (int64_t)w.batch * w.heads * w.seq_q * w.seq_kv;
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < total; n += (int64_t)gridDim.x * blockDim.x) {
+    const int j = (int)(n % w.seq_kv), i = (int)(n / w.seq_kv % w.seq_q);
+    const int h = (int)(n / w.seq_kv / w.seq_q % w.heads), b = (int)(n / w.seq_kv / w.seq_q / w.heads);
+    if (i >= w.len_q[b] || j >= w.len_kv[b]) continue;
+    const int64_t at = b * w.stride_b + h * w.stride_h + i * w.stride_q + j * w.stride_kv;
+    const bool hide = w.mode == BIAS_HIDING && hash(w.seed + 1, (uint64_t)at) % 5 == 0;
+    write_element(w.data, w.dtype, at, hide ? -INFINITY : normal(w.seed, (uint64_t)at));
+  }
+}
+
+/* Random visibility, about 3 keys of 4; one row of eight hides everything. */
+static __global__ void fill_mask(uint32_t *words, int64_t count, int64_t words_per_row, uint64_t seed) {
+  for (int64_t i = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+    const uint64_t bits = hash(seed, (uint64_t)i);
+    words[i] = hash(seed + 1, (uint64_t)(i / words_per_row)) % 8 == 0 ? 0u : (uint32_t)(bits | (bits >> 32));
+  }
+}
+
+/* ---- comparison ---------------------------------------------------------------------------------------------------------------- */
+
+struct Errors {
+  unsigned long long live, max_out, max_low, max_round, max_ref; // maxima are bits of non-negative doubles, which compare as integers do
+  double sum_out, sum_low;
+};
+constexpr unsigned long long kNone = ~0ull; // no index
+
+static __device__ inline bool same_kind(double x, double y) {
+  if (isnan(x) || isnan(y)) return isnan(x) && isnan(y);
+  return isinf(x) || isinf(y) ? x == y : true;
+}
+
+/* What adding and subtracting 0.3 costs in the output type: the scale of rounding that no kernel can be blamed for. */
+static __device__ inline double rounding_noise(int dtype, double ref) {
+  const float r = oracle::round_to(dtype, (float)ref), c = oracle::round_to(dtype, 0.3f);
+  return fabs((double)oracle::round_to(dtype, oracle::round_to(dtype, r + c) - c) - (double)r);
+}
+
+/* Element n of (batch, heads, rows, dim), and where it lies in the tensor. */
+struct Spot {
+  int b, head, row, d;
+  int64_t at; // oracle::kMissing where it is not live
+};
+
+static __device__ inline Spot spot(const Walk &w, int64_t n) {
+  Spot s;
+  s.d = (int)(n % w.dim);
+  s.row = (int)(n / w.dim % w.rows);
+  s.head = (int)(n / w.dim / w.rows % w.heads);
+  s.b = (int)(n / w.dim / w.rows / w.heads);
+  s.at = place(w, s.b, s.row, s.head);
+  if (s.at != oracle::kMissing) s.at += s.d;
+  return s;
+}
+
+static __host__ __device__ inline int64_t elements(const Walk &w) { return (int64_t)w.batch * w.heads * w.rows * w.dim; }
+
+/* Launch with oracle::kThreads threads a block. */
+static __global__ void gather_errors(Walk w, oracle::Output ref, Errors *errors) {
+  __shared__ double scratch[oracle::kThreads];
+  double largest[4] = {0, 0, 0, 0}, sum[3] = {0, 0, 0}; // out, low, round, ref; out, low, live
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < elements(w); n += (int64_t)gridDim.x * blockDim.x) {
+    const Spot s = spot(w, n);
+    if (s.at == oracle::kMissing) continue;
+    const double out = oracle::read(w.t.data, w.dtype, s.at), exact = ref.o[n];
+    sum[2] += 1;
+    if (!isfinite(exact) || !isfinite(out)) continue; // find_bad_output judges these
+    const double seen[4] = {fabs(out - exact), fabs((double)ref.low[n] - exact), rounding_noise(w.dtype, exact), fabs(exact)};
+    for (int k = 0; k < 4; ++k) largest[k] = fmax(largest[k], seen[k]);
+    sum[0] += seen[0];
+    sum[1] += seen[1];
+  }
+  for (double &x : largest) x = oracle::over_block(x, scratch, [](double a, double b) { return fmax(a, b); });
+  for (double &x : sum) x = oracle::over_block(x, scratch, [](double a, double b) { return a + b; });
+  if (threadIdx.x > 0) return;
+  unsigned long long *maxima[4] = {&errors->max_out, &errors->max_low, &errors->max_round, &errors->max_ref};
+  for (int k = 0; k < 4; ++k) atomicMax(maxima[k], (unsigned long long)__double_as_longlong(largest[k]));
+  atomicAdd(&errors->sum_out, sum[0]);
+  atomicAdd(&errors->sum_low, sum[1]);
+  atomicAdd(&errors->live, (unsigned long long)sum[2]);
+}
+
+/* The first live output further than `limit` from ref64, or NaN or infinite where ref64 is not, or the other way round. */
+static __global__ void find_bad_output(Walk w, oracle::Output ref, double limit, unsigned long long *first) {
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < elements(w); n += (int64_t)gridDim.x * blockDim.x) {
+    const Spot s = spot(w, n);
+    if (s.at == oracle::kMissing) continue;
+    const double out = oracle::read(w.t.data, w.dtype, s.at);
+    if (!same_kind(out, ref.o[n]) || fabs(out - ref.o[n]) > limit) atomicMin(first, (unsigned long long)n);
+  }
+}
+
+static __global__ void find_bad_lse(Walk w, const float *lse, oracle::Output ref, unsigned long long *first) {
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < elements(w); n += (int64_t)gridDim.x * blockDim.x) {
+    const Spot s = spot(w, n);
+    if (s.at == oracle::kMissing || s.d > 0) continue;
+    const double out = lse[n / w.dim], exact = ref.lse[n / w.dim];
+    if (!same_kind(out, exact) || fabs(out - exact) > 2e-5 + 1e-6 * fabs(exact)) atomicMin(first, (unsigned long long)n);
+  }
+}
+
+/* Put the poison back over every live output. */
+static __global__ void forget_outputs(Walk w, uint32_t *lse) {
+  for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < elements(w); n += (int64_t)gridDim.x * blockDim.x) {
+    const Spot s = spot(w, n);
+    if (s.at == oracle::kMissing) continue;
+    if (w.dtype == FLASHCORE_F32) static_cast<uint32_t *>(w.t.data)[s.at] = kPoison;
+    else static_cast<uint16_t *>(w.t.data)[s.at] = (uint16_t)kPoison;
+    if (lse && s.d == 0) lse[n / w.dim] = kPoison;
+  }
+}
+
+/* ---- the problem --------------------------------------------------------------------------------------------------------------- */
+
+/* Where a tensor lies in its allocation: strides, the element of (0, 0, 0, 0), the elements spanned. */
+struct Extent {
+  int64_t batch, rows, heads, dim;
+};
+struct Placement {
+  int64_t stride_b, stride_s, stride_h, origin, span;
+};
+
+/* row_width, column: LAYOUT_PACKED only, the elements in a row of the shared allocation and where this tensor's part starts. */
+inline Placement lay_out(int layout, const Extent &e, int role, int64_t row_width, int64_t column) {
+  const int64_t dense = e.heads * e.dim;
+  const bool kv = role == ROLE_K || role == ROLE_V, input = role != ROLE_O;
+  Placement p = {e.rows * dense, dense, e.dim, 0, 0};
+  if (layout == LAYOUT_BHSD) p = {e.rows * dense, e.dim, e.rows * e.dim, 0, 0};
+  if (layout == LAYOUT_PACKED && input) p = {e.rows * row_width, row_width, e.dim, column, 0};
+  if (layout == LAYOUT_SLICE) p = {e.rows * (e.heads * (e.dim + 1) + 3) + 5, e.heads * (e.dim + 1) + 3, e.dim + 1, 1, 0};
+  if (layout == LAYOUT_HEAD0 && kv) p = {e.rows * e.dim, e.dim, 0, 0, 0};
+  if (layout == LAYOUT_BATCH0 && kv) p.stride_b = 0;
+  if (layout == LAYOUT_NEGATIVE && input) p.stride_s = -dense, p.origin = std::max<int64_t>(e.rows - 1, 0) * dense;
+  if (layout == LAYOUT_PADDED) {
+    p.stride_h = (e.dim + 7) / 8 * 8 + 8;
+    p.stride_s = e.heads * p.stride_h + 16;
+    p.stride_b = e.rows * p.stride_s + 32;
+  }
+  if (layout == LAYOUT_FAR) {
+    p.stride_s = ((1ll << 31) / std::max<int64_t>(e.rows - 1, 1) + dense) / 8 * 8 + 8;
+    p.stride_b = e.rows * p.stride_s;
+  }
+  p.span = p.origin + dense;
+  if (e.batch > 1) p.span += (e.batch - 1) * p.stride_b;
+  if (e.rows > 1 && p.stride_s > 0) p.span += (e.rows - 1) * p.stride_s;
+  if (e.heads > 1) p.span += (e.heads - 1) * p.stride_h;
+  return p;
+}
+
+inline int bytes_of(int dtype) { return dtype == FLASHCORE_F32 ? 4 : 2; }
+
+/* The verdict on one run. Refused: `why` is the library's message. */
+struct Outcome {
+  enum { PASSED, REFUSED, FAILED } what;
+  flashcore_status status;
+  std::string why;
+};
+
+static __global__ void read_spot(Walk w, oracle::Output ref, int64_t n, double *pair) {
+  pair[0] = oracle::read(w.t.data, w.dtype, spot(w, n).at);
+  pair[1] = ref.o[n];
+}
+
+inline int &device_arch() {
+  static int arch = 0;
+  return arch;
+}
+
+inline void find_device() {
+  cudaDeviceProp properties;
+  CUDA_OK(cudaGetDeviceProperties(&properties, 0));
+  device_arch() = 10 * properties.major + properties.minor;
+  printf("# %s, sm_%d\n", properties.name, device_arch());
+}
+
+/* What the backends promise to take: a refusal of these is a failure, so that "everything was refused" cannot pass. */
+inline bool must_serve(const Case &c, int backend) {
+  if (c.broken) return false;
+  if (backend == FLASHCORE_BACKEND_SIMT || backend == FLASHCORE_BACKEND_AUTO) return !(c.page && c.layout == LAYOUT_NEGATIVE);
+  const bool aligned = c.layout == LAYOUT_BSHD || c.layout == LAYOUT_BHSD || c.layout == LAYOUT_PACKED || c.layout == LAYOUT_PADDED;
+  if (!aligned || c.dim_qk % 8 || c.dim_v % 8 || c.page || c.splits > 1 || c.split_len || c.dtype == FLASHCORE_F32) return false;
+  if (c.dtype_o && c.dtype_o != c.dtype) return false;
+  if (backend == FLASHCORE_BACKEND_WMMA) { return c.dim_qk <= 128 && c.dim_v <= 128 && device_arch() >= (c.dtype == FLASHCORE_BF16 ? 80 : 75); }
+  return device_arch() >= 80 && (c.dim_qk == c.dim_v || (c.dim_qk == 192 && c.dim_v == 128));
+}
+
+/* One case in device memory, with its oracle. Ready to run on any backend, any number of times. */
+class Problem {
+public:
+  Case c;
+  flashcore_attention a;
+
+  explicit Problem(const Case &choices) : c(choices), rng((uint32_t)choices.seed) {
+    current_case() = reproduce(c);
+    set_sizes();
+    add_lengths();
+    add_tensors();
+    add_rules();
+    fill();
+  }
+
+  /* New lengths, page table, data and oracle in the same memory: what a captured graph may see on its next replay. */
+  void fill() {
+    for (auto &m : inputs) m->poison();
+    upload_lengths();
+    upload_rules();
+    fill_data();
+    o_memory->poison();
+    if (lse_memory) lse_memory->poison();
+    CUDA_OK(oracle::run(a, ref));
+    CUDA_OK(cudaDeviceSynchronize());
+    fingerprint = sum_inputs();
+  }
+
+  /* Ask for the work on a stream, without waiting. PASSED: launched. Outputs must be poison before. */
+  Outcome launch(int backend, cudaStream_t stream = nullptr) {
+    a.backend = backend;
+    flashcore_error size_error = {}, error = {}, error2 = {};
+    size_t bytes = 0;
+    const flashcore_status sized = flashcore_workspace_size(&a, -1, &bytes, &size_error);
+    if (sized == FLASHCORE_OK) provide_workspace(bytes);
+    const cudaError_t before = cudaPeekAtLastError();
+    const flashcore_status said = flashcore_supported(&a, -1, &error);
+    const flashcore_status did = flashcore_forward(&a, stream, &error2);
+    if (cudaPeekAtLastError() != before) return {Outcome::FAILED, did, "the CUDA error state changed"};
+    if (said != did) return {Outcome::FAILED, did, disagreement("supported", said, error, "forward", did, error2)};
+    if (sized != FLASHCORE_OK && sized != did)
+      return {Outcome::FAILED, did, disagreement("workspace_size", sized, size_error, "forward", did, error2)};
+    if (sized == FLASHCORE_OK && did != FLASHCORE_OK) return {Outcome::FAILED, did, format("workspace_size accepts; %s", error2.message)};
+    if (did == FLASHCORE_OK) return {Outcome::PASSED, did, ""};
+    if (!error2.field || !error2.message[0]) return {Outcome::FAILED, did, format("refused with status %d and no message", did)};
+    if (!error.field || strcmp(error.field, error2.field) || strcmp(error.message, error2.message) || error.value != error2.value)
+      return {Outcome::FAILED, did, disagreement("supported", said, error, "forward", did, error2)};
+    return {Outcome::REFUSED, did, error2.message};
+  }
+
+  /* Wait, compare with the oracle, check that nothing else was written, leave the outputs poisoned again. "": good. */
+  std::string judge() {
+    wait();
+    std::string why = compare();
+    forget_outputs<<<grid_for(elements(walk_o())), 256>>>(walk_o(), (uint32_t *)a.lse);
+    if (why.empty()) why = untouched();
+    if (!why.empty()) {
+      o_memory->poison();
+      if (lse_memory) lse_memory->poison();
+    }
+    return why;
+  }
+
+  /* Launch, judge, and hold the backend to what it promises. */
+  Outcome run(int backend, cudaStream_t stream = nullptr) {
+    current_case() = reproduce_on(backend);
+    Outcome outcome = launch(backend, stream);
+    if (outcome.what == Outcome::PASSED) outcome.why = judge();
+    else wait();
+    if (outcome.what == Outcome::REFUSED) {
+      const std::string touched = untouched();
+      if (!touched.empty()) return {Outcome::FAILED, outcome.status, "a refused call: " + touched};
+      const bool excused = !must_serve(c, backend) || outcome.status == FLASHCORE_UNSUPPORTED_ARCH;
+      return {excused ? Outcome::REFUSED : Outcome::FAILED, outcome.status, (excused ? "" : "refused, but must be served: ") + outcome.why};
+    }
+    if (!outcome.why.empty()) outcome.what = Outcome::FAILED;
+    return outcome;
+  }
+
+  std::string reproduce_on(int backend) const {
+    Case mine = c;
+    mine.backend = backend;
+    return reproduce(mine);
+  }
+
+  void wait() const {
+    const cudaError_t status = cudaDeviceSynchronize();
+    if (status != cudaSuccess) fatal("kernel", std::string(cudaGetErrorString(status)) + "; " + current_case());
+  }
+
+  const Memory &output() const { return *o_memory; }
+  const Memory *lse_output() const { return lse_memory.get(); }
+
+  Walk walk_o() const { return walk(a.o, c.dtype_o ? c.dtype_o : c.dtype, c.heads_q, c.dim_v, true); }
+
+  /* The error rule of the numerics contract. "": within it. */
+  std::string compare() const {
+    const Walk w = walk_o();
+    Scalar<Errors> errors;
+    gather_errors<<<grid_for(elements(w)), oracle::kThreads>>>(w, ref, errors.device);
+    const Errors e = errors.read();
+    const double max_out = as_double(e.max_out), max_low = as_double(e.max_low), max_round = as_double(e.max_round);
+    const double limit = 2 * max_low + 2 * max_round, live = std::max(1.0, (double)e.live);
+    const double tiny = 1e-7 * std::max(1.0, as_double(e.max_ref)); // where lowref happens to be exact
+    const double scatter = 2 / sqrt(std::max(1.0, live / c.dim_v)); // a mean over few rows depends on luck in rounding their P
+    Scalar<unsigned long long> bad(0xff), bad_lse(0xff);
+    find_bad_output<<<grid_for(elements(w)), 256>>>(w, ref, limit, bad.device);
+    if (a.lse) find_bad_lse<<<grid_for(elements(w)), 256>>>(w, a.lse, ref, bad_lse.device);
+    const unsigned long long first = bad.read(), first_lse = bad_lse.read();
+    if (first != kNone) return format("max error %.3g, allowed %.3g (lowref %.3g); ", max_out, limit, max_low) + describe_spot(w, (int64_t)first);
+    if (e.sum_out / live > (1.5 + scatter) * e.sum_low / live + tiny)
+      return format("mean error %.3g, lowref's is %.3g", e.sum_out / live, e.sum_low / live);
+    if (first_lse != kNone) return describe_lse(w, (int64_t)first_lse / w.dim);
+    return "";
+  }
+
+private:
+  std::mt19937 rng;
+  std::vector<std::unique_ptr<Memory>> inputs, others; // what the library reads; what only the tests use
+  std::unique_ptr<Memory> o_memory, lse_memory, workspace;
+  oracle::Output ref = {};
+  unsigned long long fingerprint = 0;
+  std::vector<int32_t> len_q, len_kv, pages;
+  Memory *len_q_memory = nullptr, *len_kv_memory = nullptr;
+
+  static double as_double(unsigned long long bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+
+  static std::string disagreement(const char *one, flashcore_status s1, const flashcore_error &e1, const char *two, flashcore_status s2,
+                                  const flashcore_error &e2) {
+    return format("%s says %d (%s), %s says %d (%s)", one, s1, e1.message, two, s2, e2.message);
+  }
+
+  template <typename T> T *add(std::vector<std::unique_ptr<Memory>> &to, int64_t count) {
+    to.emplace_back(new Memory((size_t)std::max<int64_t>(count, 1) * sizeof(T)));
+    return to.back()->data<T>();
+  }
+
+  template <typename T> void upload(const T *device, const std::vector<T> &values) {
+    CUDA_OK(cudaMemcpy(const_cast<T *>(device), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+
+  int below(int n) { return (int)(rng() % (uint32_t)n); }
+
+  void set_sizes() {
+    flashcore_init(&a);
+    a.dtype = c.dtype, a.dtype_o = c.dtype_o;
+    a.batch = c.batch, a.heads_q = c.heads_q, a.heads_kv = c.heads_kv;
+    a.seq_q = c.seq_q, a.seq_kv = c.seq_kv, a.dim_qk = c.dim_qk, a.dim_v = c.dim_v;
+    a.scale = c.scale, a.softcap = c.softcap, a.lse_base2 = c.lse == 2;
+    a.causal = c.causal, a.window = c.window, a.window_left = c.left, a.window_right = c.right;
+    a.num_splits = c.splits, a.split_len = c.split_len;
+  }
+
+  int pages_per_sequence() const { return c.page ? (c.seq_kv + c.page - 1) / c.page : 0; }
+
+  void add_lengths() {
+    if (c.lengths & CU_SEQLENS_Q) a.cu_seqlens_q = add<int32_t>(inputs, c.batch + 1), a.total_q = (int64_t)c.batch * c.seq_q + 3;
+    if (c.lengths & CU_SEQLENS_KV && !c.page) a.cu_seqlens_kv = add<int32_t>(inputs, c.batch + 1), a.total_kv = (int64_t)c.batch * c.seq_kv + 3;
+    if (c.lengths & SEQLENS_Q) a.seqlens_q = add<int32_t>(inputs, c.batch);
+    if (c.lengths & SEQLENS_KV) a.seqlens_kv = add<int32_t>(inputs, c.batch);
+    if (c.page) {
+      a.page_table_stride_b = pages_per_sequence() + 1;
+      a.page_table = add<int32_t>(inputs, c.batch * a.page_table_stride_b);
+      a.page_size = c.page, a.num_pages = c.batch * pages_per_sequence() + 3;
+    }
+    add<int32_t>(others, c.batch);
+    len_q_memory = others.back().get();
+    add<int32_t>(others, c.batch);
+    len_kv_memory = others.back().get();
+  }
+
+  Extent extent_of(int role) const {
+    const bool query = role == ROLE_Q || role == ROLE_O;
+    Extent e = {c.batch, query ? c.seq_q : c.seq_kv, query ? c.heads_q : c.heads_kv, role == ROLE_V || role == ROLE_O ? c.dim_v : c.dim_qk};
+    if (query && a.cu_seqlens_q) e.batch = 1, e.rows = a.total_q;
+    if (!query && a.cu_seqlens_kv) e.batch = 1, e.rows = a.total_kv;
+    if (!query && a.page_table) e.batch = a.num_pages, e.rows = a.page_size;
+    return e;
+  }
+
+  /* data: an allocation to share, or NULL for one of its own. */
+  flashcore_tensor add_tensor(int role, int64_t row_width, int64_t column, char *data) {
+    const Placement p = lay_out(c.layout, extent_of(role), role, row_width, column);
+    const int bytes = bytes_of(role == ROLE_O && c.dtype_o ? c.dtype_o : c.dtype);
+    if (!data && role == ROLE_O) o_memory.reset(new Memory((size_t)(p.span * bytes))), data = o_memory->data<char>();
+    if (!data) data = add<char>(inputs, p.span * bytes);
+    return flashcore_strided(data + p.origin * bytes, p.stride_b, p.stride_s, p.stride_h);
+  }
+
+  void add_tensors() {
+    const int64_t q_width = (int64_t)c.heads_q * c.dim_qk, k_width = (int64_t)c.heads_kv * c.dim_qk;
+    const int64_t width = q_width + k_width + (int64_t)c.heads_kv * c.dim_v;
+    char *shared = nullptr, *q_shared = nullptr;
+    if (c.layout == LAYOUT_PACKED) {
+      const Extent q = extent_of(ROLE_Q), k = extent_of(ROLE_K);
+      shared = add<char>(inputs, k.batch * k.rows * width * bytes_of(c.dtype));
+      if (q.batch == k.batch && q.rows == k.rows) q_shared = shared;
+    }
+    a.q = add_tensor(ROLE_Q, width, 0, q_shared);
+    a.k = add_tensor(ROLE_K, width, q_width, shared);
+    a.v = add_tensor(ROLE_V, width, q_width + k_width, shared);
+    a.o = add_tensor(ROLE_O, 0, 0, nullptr);
+    const int64_t rows = (int64_t)c.batch * c.heads_q * c.seq_q;
+    if (c.lse) lse_memory.reset(new Memory((size_t)rows * 4)), a.lse = lse_memory->data<float>();
+    ref.o = add<double>(others, rows * c.dim_v);
+    ref.low = add<float>(others, rows * c.dim_v);
+    ref.lse = add<double>(others, rows);
+  }
+
+  void add_rules() {
+    if (c.alibi) a.alibi_slopes = add<float>(inputs, (int64_t)c.batch * c.heads_q), a.alibi_stride_b = c.alibi == 2 ? c.heads_q : 0;
+    if (c.sink) a.sink = add<float>(inputs, c.heads_q);
+    const int64_t pitch = c.seq_kv + 3, heads = c.heads_q;
+    if (c.bias) {
+      a.bias_dtype = c.bias_dtype;
+      a.bias = add<char>(inputs, c.batch * heads * (c.seq_q + 1) * pitch * bytes_of(c.bias_dtype ? c.bias_dtype : c.dtype));
+      a.bias_stride_kv = 1, a.bias_stride_q = pitch, a.bias_stride_h = c.seq_q * pitch, a.bias_stride_b = heads * a.bias_stride_h;
+      if (c.bias == BIAS_SHARED) a.bias_stride_h = a.bias_stride_b = 0;
+      if (c.bias == BIAS_PER_KEY) a.bias_stride_q = 0;
+      if (c.bias == BIAS_TRANSPOSED) a.bias_stride_kv = c.seq_q, a.bias_stride_q = 1;
+    }
+    if (c.mask) {
+      a.mask_stride_q = words_per_row();
+      a.mask_stride_h = c.mask == MASK_SHARED ? 0 : c.seq_q * a.mask_stride_q;
+      a.mask_stride_b = heads * a.mask_stride_h;
+      a.mask_bits = add<uint32_t>(inputs, mask_words());
+    }
+  }
+
+  int64_t words_per_row() const { return (c.seq_kv + 31) / 32 + 1; }
+  int64_t mask_words() const { return c.batch * (int64_t)c.heads_q * c.seq_q * words_per_row(); }
+
+  /* A length that likes the edges: empty, one, full. */
+  int32_t some_length(int longest) {
+    const int kind = below(8);
+    return kind == 0 ? 0 : kind == 1 ? std::min(1, longest) : kind == 2 ? longest : below(longest + 1);
+  }
+
+  /* Lengths of one side. What lies on the device may be out of range (it is clamped), so some are written so. */
+  std::vector<int32_t> upload_side(int longest, const int32_t *cu, const int32_t *seqlens) {
+    std::vector<int32_t> len((size_t)c.batch, longest), offsets(1, 0), stored;
+    for (int32_t &n : len) {
+      if (cu) n = some_length(longest), offsets.push_back(offsets.back() + n);
+      if (!seqlens) continue;
+      const int32_t used = some_length(longest);
+      const bool out_of_range = below(4) == 0;
+      stored.push_back(used == 0 && out_of_range ? -3 : used == longest && out_of_range ? longest + 1000 : used);
+      n = std::min(n, used);
+    }
+    if (cu) upload(cu, offsets);
+    if (seqlens) upload(seqlens, stored);
+    return len;
+  }
+
+  void upload_lengths() {
+    len_q = upload_side(c.seq_q, a.cu_seqlens_q, a.seqlens_q);
+    len_kv = upload_side(c.seq_kv, a.cu_seqlens_kv, a.seqlens_kv);
+    upload(len_q_memory->data<int32_t>(), len_q);
+    upload(len_kv_memory->data<int32_t>(), len_kv);
+    if (c.page) upload_pages();
+  }
+
+  /* Pages in random order; an odd seed leaves one of eight out; entries past the length are garbage; sequences may share a prefix. */
+  void upload_pages() {
+    std::vector<int32_t> order((size_t)a.num_pages), table((size_t)(c.batch * a.page_table_stride_b), (int32_t)kPoison);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = (int32_t)i;
+    std::shuffle(order.begin(), order.end(), rng);
+    for (int b = 0; b < c.batch; ++b) {
+      for (int p = 0; p * c.page < len_kv[(size_t)b]; ++p) {
+        int32_t &entry = table[(size_t)(b * a.page_table_stride_b + p)];
+        entry = order[(size_t)(b * pages_per_sequence() + p)];
+        if (b > 0 && p == 0 && c.seed % 3 == 0 && len_kv[0] > 0) entry = table[0];
+        if (c.seed % 2 && below(8) == 0) entry = below(2) ? -1 : a.num_pages + 7;
+      }
+    }
+    upload(a.page_table, table);
+  }
+
+  void upload_rules() {
+    std::normal_distribution<float> normal_number;
+    std::vector<float> slopes((size_t)(c.batch * c.heads_q)), sinks((size_t)c.heads_q);
+    for (float &x : slopes) x = 0.5f * (float)below(1000) / 1000.f;
+    for (float &x : sinks) x = 2.f * normal_number(rng);
+    if (c.alibi) upload(a.alibi_slopes, slopes);
+    if (c.sink) upload(a.sink, sinks);
+    const uint64_t seed = 100 + (uint64_t)c.seed;
+    if (c.mask) fill_mask<<<grid_for(mask_words()), 256>>>(const_cast<uint32_t *>(a.mask_bits), mask_words(), words_per_row(), seed);
+    if (!c.bias) return;
+    BiasWalk w = {};
+    w.data = const_cast<void *>(a.bias), w.dtype = c.bias_dtype ? c.bias_dtype : c.dtype, w.mode = c.bias;
+    w.batch = c.batch, w.heads = c.heads_q, w.seq_q = c.seq_q, w.seq_kv = c.seq_kv;
+    w.stride_b = a.bias_stride_b, w.stride_h = a.bias_stride_h, w.stride_q = a.bias_stride_q, w.stride_kv = a.bias_stride_kv;
+    w.len_q = len_q_memory->data<int32_t>(), w.len_kv = len_kv_memory->data<int32_t>();
+    w.seed = seed;
+    fill_bias<<<grid_for((int64_t)c.batch * c.heads_q * c.seq_q * c.seq_kv), 256>>>(w);
+  }
+
+  Walk walk(const flashcore_tensor &t, int dtype, int heads, int dim, bool query) const {
+    Walk w = {t, dtype, c.batch, query ? c.seq_q : c.seq_kv, heads, dim, nullptr, nullptr, nullptr, 0, 0, 0};
+    w.len = (query ? len_q_memory : len_kv_memory)->data<int32_t>();
+    w.cu = query ? a.cu_seqlens_q : a.cu_seqlens_kv;
+    if (!query) w.pages = a.page_table, w.pages_stride = a.page_table_stride_b, w.page_size = a.page_size, w.num_pages = a.num_pages;
+    return w;
+  }
+
+  void fill_data() {
+    const float scale = c.scale > 0 ? c.scale : 1.f / sqrtf((float)c.dim_qk);
+    Content content = {ROLE_Q, c.data, (uint64_t)c.seed, std::min(std::max(1.f / scale, 0.5f), 64.f), 0.f, c.batch / 2, c.heads_q / 2, 0};
+    if (c.data == DATA_RAMP) content.step = 10.f / 64.f / (scale * content.lead);
+    if (c.data == DATA_LAST || c.data == DATA_FIRST) content.step = 20.f / (scale * content.lead);
+    if (c.data == DATA_HUGE) content.lead = content.step = sqrtf(2.5e5f / scale);
+    content.nan_i = len_q[(size_t)content.nan_b] / 2;
+    const Walk walks[3] = {walk(a.q, c.dtype, c.heads_q, c.dim_qk, true), walk(a.k, c.dtype, c.heads_kv, c.dim_qk, false),
+                           walk(a.v, c.dtype, c.heads_kv, c.dim_v, false)};
+    for (content.role = ROLE_Q; content.role <= ROLE_V; ++content.role) {
+      const Walk &w = walks[content.role];
+      fill_tensor<<<grid_for(elements(w)), 256>>>(w, content);
+    }
+    CUDA_OK(cudaGetLastError());
+  }
+
+  unsigned long long sum_inputs() const {
+    Scalar<Words> result;
+    for (auto &m : inputs)
+      inspect_words<<<grid_for(m->words()), 256>>>((uint32_t *)m->base, m->words(), kPoison, (unsigned long long *)result.device);
+    return result.read().sum;
+  }
+
+  /* Zeroed once, as the contract asks of the caller. */
+  void provide_workspace(size_t bytes) {
+    if (bytes == 0 || (workspace && a.workspace_bytes >= bytes)) return;
+    workspace.reset(new Memory(bytes));
+    CUDA_OK(cudaMemset(workspace->data(), 0, bytes));
+    a.workspace = workspace->data(), a.workspace_bytes = bytes;
+  }
+
+  /* Outputs are all poison (call after forget_outputs), inputs are as they were, and the workspace's guard bands too. */
+  std::string untouched() const {
+    if (o_memory->inspect().differing) return "O was written outside its live rows";
+    if (lse_memory && lse_memory->inspect().differing) return "the LSE was written outside its live rows";
+    if (sum_inputs() != fingerprint) return "an input was written";
+    if (!workspace) return "";
+    const int64_t guard = (int64_t)kGuardBytes / 4;
+    Scalar<Words> result;
+    for (const char *at : {workspace->base, workspace->base + workspace->bytes - kGuardBytes})
+      inspect_words<<<grid_for(guard), 256>>>((const uint32_t *)at, guard, kPoison, (unsigned long long *)result.device);
+    return result.read().differing ? "a guard band of the workspace was written" : "";
+  }
+
+  std::string describe_spot(const Walk &w, int64_t n) const {
+    struct Pair {
+      double out, ref;
+    };
+    Scalar<Pair> pair;
+    read_spot<<<1, 1>>>(w, ref, n, (double *)pair.device);
+    const Pair p = pair.read();
+    return format("first at batch %lld head %lld query %lld dim %lld: %.9g, expected %.9g", (long long)(n / w.dim / w.rows / w.heads),
+                  (long long)(n / w.dim / w.rows % w.heads), (long long)(n / w.dim % w.rows), (long long)(n % w.dim), p.out, p.ref);
+  }
+
+  std::string describe_lse(const Walk &w, int64_t row) const {
+    float out;
+    double expected;
+    CUDA_OK(cudaMemcpy(&out, a.lse + row, sizeof out, cudaMemcpyDeviceToHost));
+    CUDA_OK(cudaMemcpy(&expected, ref.lse + row, sizeof expected, cudaMemcpyDeviceToHost));
+    return format("LSE at batch %lld head %lld query %lld: %.9g, expected %.9g", (long long)(row / w.rows / w.heads),
+                  (long long)(row / w.rows % w.heads), (long long)(row % w.rows), (double)out, expected);
+  }
+};
+
+#endif

@@ -1,0 +1,255 @@
+/* The oracle: attention on the GPU in fp64, and beside it the same in the precision a kernel has.
+ *
+ * Written from the numerics contract alone. It shares the descriptor struct with the library and nothing else: lengths, addresses, masks and
+ * rules are decoded here once more, in the plainest way, so that a mistake in the library's helpers cannot hide. One block per
+ * (batch, head, query row); keys by threads for the logits, output dims by threads for the values.
+ *
+ *   o      ref64: everything in fp64
+ *   lse    ref64, in the base that the descriptor asks for
+ *   low    "lowref": logits and l in fp32, exact row maximum, P rounded to the input type, O summed in fp32 and rounded to the output type */
+#ifndef FLASHCORE_TESTS_ORACLE_CUH
+#define FLASHCORE_TESTS_ORACLE_CUH
+
+#include "flashcore.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace oracle {
+
+struct Output { // all (batch, heads_q, seq_q, dim_v) or without the last dim, contiguous; rows at or past len_q are not written
+  double *o, *lse;
+  float *low;
+};
+
+constexpr int kThreads = 128, kMaxDim = 512, kDimsPerThread = kMaxDim / kThreads;
+constexpr int64_t kMissing = INT64_MIN; // strides may be negative, so any other number can be an offset
+
+static __device__ double read(const void *p, int dtype, int64_t i) {
+  if (dtype == FLASHCORE_F32) return static_cast<const float *>(p)[i];
+  if (dtype == FLASHCORE_F16) return __half2float(static_cast<const __half *>(p)[i]);
+  return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
+}
+
+static __device__ float round_to(int dtype, float x) {
+  if (dtype == FLASHCORE_F16) return __half2float(__float2half_rn(x));
+  if (dtype == FLASHCORE_BF16) return __bfloat162float(__float2bfloat16_rn(x));
+  return x;
+}
+
+/* One query row, decoded. */
+struct Row {
+  int64_t b, h, i; // h: query head
+  int64_t len_q, len_kv;
+  int64_t start_q, start_kv; // rows; with packed sequences the tensors have no batch dim
+};
+
+static __device__ int64_t between(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+/* Length and first row of entry b of a packed tensor; whatever the offsets hold, the result stays within `total`. */
+static __device__ int64_t packed_length(const int32_t *cu, int64_t b, int64_t total, int64_t longest, int64_t *start) {
+  const int64_t first = between(cu[b], 0, total), end = between(cu[b + 1], 0, total);
+  *start = first;
+  return between(end - first, 0, longest);
+}
+
+static __device__ Row decode_row(const flashcore_attention &a, int64_t index) {
+  Row r;
+  r.i = index % a.seq_q;
+  r.h = index / a.seq_q % a.heads_q;
+  r.b = index / a.seq_q / a.heads_q;
+  r.len_q = a.seq_q;
+  r.len_kv = a.seq_kv;
+  r.start_q = r.start_kv = 0;
+  if (a.cu_seqlens_q) r.len_q = packed_length(a.cu_seqlens_q, r.b, a.total_q, a.seq_q, &r.start_q);
+  if (a.cu_seqlens_kv) r.len_kv = packed_length(a.cu_seqlens_kv, r.b, a.total_kv, a.seq_kv, &r.start_kv);
+  if (a.seqlens_q) r.len_q = between(a.seqlens_q[r.b], 0, r.len_q);
+  if (a.seqlens_kv) r.len_kv = between(a.seqlens_kv[r.b], 0, r.len_kv);
+  return r;
+}
+
+/* Element offset of key j in K or V; kMissing where its page is. */
+static __device__ int64_t key_address(const flashcore_attention &a, const flashcore_tensor &t, const Row &r, int64_t j) {
+  const int64_t head = r.h / (a.heads_q / a.heads_kv) * t.stride_h;
+  if (a.page_table) {
+    const int64_t page = a.page_table[r.b * a.page_table_stride_b + j / a.page_size];
+    return page < 0 || page >= a.num_pages ? kMissing : page * t.stride_b + j % a.page_size * t.stride_s + head;
+  }
+  if (a.cu_seqlens_kv) return (r.start_kv + j) * t.stride_s + head;
+  return r.b * t.stride_b + j * t.stride_s + head;
+}
+
+/* Offset of row i in Q or O. */
+static __device__ int64_t query_address(const flashcore_attention &a, const flashcore_tensor &t, const Row &r) {
+  return (a.cu_seqlens_q ? (r.start_q + r.i) * t.stride_s : r.b * t.stride_b + r.i * t.stride_s) + r.h * t.stride_h;
+}
+
+static __device__ bool visible(const flashcore_attention &a, const Row &r, int64_t j) {
+  const int64_t diagonal = r.i + r.len_kv - r.len_q;
+  if (j >= r.len_kv) return false;
+  if (a.causal == FLASHCORE_CAUSAL_BOTTOM_RIGHT && j > diagonal) return false;
+  if (a.causal == FLASHCORE_CAUSAL_TOP_LEFT && j > r.i) return false;
+  if (a.window && a.window_left >= 0 && j < diagonal - a.window_left) return false;
+  if (a.window && a.window_right >= 0 && j > diagonal + a.window_right) return false;
+  if (a.mask_bits) {
+    const uint32_t word = a.mask_bits[r.b * a.mask_stride_b + r.h * a.mask_stride_h + r.i * a.mask_stride_q + j / 32];
+    if ((word >> (j % 32) & 1) == 0) return false;
+  }
+  return key_address(a, a.k, r, j) != kMissing;
+}
+
+struct Logit {
+  double exact;
+  float low; // natural units too
+};
+
+/* The logit of key j: scale, softcap, bias, ALiBi, in this order; -inf: not visible. q: the query row in shared memory. */
+static __device__ Logit logit(const flashcore_attention &a, const Row &r, const double *q, int64_t j) {
+  if (!visible(a, r, j)) return {-INFINITY, -INFINITY};
+  const int dtype = a.dtype_kv ? a.dtype_kv : a.dtype;
+  const int64_t key = key_address(a, a.k, r, j);
+  double exact = 0;
+  float low = 0;
+  for (int d = 0; d < a.dim_qk; ++d) {
+    const double k = read(a.k.data, dtype, key + d);
+    exact += q[d] * k;
+    low = fmaf((float)q[d], (float)k, low);
+  }
+  const double scale = a.scale > 0 ? (double)a.scale : 1 / sqrt((double)a.dim_qk);
+  exact *= scale;
+  low *= (float)scale;
+  if (a.softcap > 0) {
+    exact = a.softcap * tanh(exact / a.softcap);
+    low = a.softcap * tanhf(low / a.softcap);
+  }
+  if (a.bias) {
+    const int64_t at = r.b * a.bias_stride_b + r.h * a.bias_stride_h + r.i * a.bias_stride_q + j * a.bias_stride_kv;
+    const double bias = read(a.bias, a.bias_dtype ? a.bias_dtype : a.dtype, at);
+    exact += bias;
+    low += (float)bias;
+  }
+  if (a.alibi_slopes) {
+    const float slope = a.alibi_slopes[r.b * a.alibi_stride_b + r.h];
+    const int64_t distance = r.i + r.len_kv - r.len_q - j;
+    exact -= (double)slope * (double)(distance < 0 ? -distance : distance);
+    low -= slope * (float)(distance < 0 ? -distance : distance);
+  }
+  return {exact, low};
+}
+
+/* Combine one value per thread over the block; all threads get the result. */
+template <typename T, typename Combine> static __device__ T over_block(T x, T *scratch, Combine combine) {
+  scratch[threadIdx.x] = x;
+  __syncthreads();
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    if ((int)threadIdx.x < half) scratch[threadIdx.x] = combine(scratch[threadIdx.x], scratch[threadIdx.x + half]);
+    __syncthreads();
+  }
+  const T result = scratch[0];
+  __syncthreads();
+  return result;
+}
+
+/* Row sums of a row: o and l relative to the maximum m, exact and low; m_low and low are in log2 units, as kernels have them. */
+struct Sums {
+  double m, l, o[kDimsPerThread];
+  float m_low, l_low, o_low[kDimsPerThread];
+};
+
+constexpr float kLog2e = 1.44269504f;
+
+/* First pass over the keys: the row maxima. A NaN logit is ignored here and spoils the sums of the second pass, as it should. */
+static __device__ void row_maxima(const flashcore_attention &a, const Row &r, const double *q, double *scratch, Sums &s) {
+  double m = -INFINITY, m_low = -INFINITY;
+  for (int64_t j = threadIdx.x; j < r.len_kv; j += kThreads) {
+    const Logit x = logit(a, r, q, j);
+    m = fmax(m, x.exact);
+    m_low = fmax(m_low, (double)(x.low * kLog2e));
+  }
+  s.m = over_block(m, scratch, [](double x, double y) { return fmax(x, y); });
+  s.m_low = (float)over_block(m_low, scratch, [](double x, double y) { return fmax(x, y); });
+}
+
+/* Second pass: 128 keys at a time, their weights into shared memory, then every thread adds up its output dims. */
+static __device__ void row_sums(const flashcore_attention &a, const Row &r, const double *q, double *scratch, Sums &s) {
+  __shared__ double weight[kThreads];
+  __shared__ float weight_low[kThreads];
+  __shared__ int64_t value[kThreads];
+  double l = 0;
+  float l_low = 0;
+  for (int64_t first = 0; first < r.len_kv; first += kThreads) {
+    const int64_t j = first + threadIdx.x;
+    const Logit x = logit(a, r, q, j);
+    const bool hidden = x.exact == -INFINITY;
+    const double p = hidden ? 0 : exp(x.exact - s.m);
+    const float p_low = hidden ? 0 : exp2f(fmaf(x.low, kLog2e, -s.m_low));
+    l += p;
+    l_low += p_low;
+    weight[threadIdx.x] = p;
+    weight_low[threadIdx.x] = round_to(a.dtype, p_low);
+    value[threadIdx.x] = hidden ? kMissing : key_address(a, a.v, r, j);
+    __syncthreads();
+    for (int k = 0; k < kThreads; ++k) {
+      if (value[k] == kMissing) continue;
+      for (int n = 0; n < kDimsPerThread; ++n) {
+        const int d = threadIdx.x + n * kThreads;
+        if (d >= a.dim_v) break;
+        const double v = read(a.v.data, a.dtype_kv ? a.dtype_kv : a.dtype, value[k] + d);
+        s.o[n] += weight[k] * v;
+        s.o_low[n] = fmaf(weight_low[k], (float)v, s.o_low[n]);
+      }
+    }
+    __syncthreads();
+  }
+  s.l = over_block(l, scratch, [](double x, double y) { return x + y; });
+  s.l_low = (float)over_block((double)l_low, scratch, [](double x, double y) { return (double)((float)x + (float)y); });
+}
+
+/* The sink joins the denominator; an empty row without one has O = 0, LSE = -inf. */
+static __device__ void write_row(const flashcore_attention &a, const Row &r, int64_t index, const Sums &s, const Output &out) {
+  double l = s.l, lse_max = s.m, factor = 1;
+  float l_low = s.l_low, factor_low = 1;
+  if (a.sink) {
+    const double sink = a.sink[r.h];
+    const float sink_low = a.sink[r.h] * kLog2e, m_low = fmaxf(s.m_low, sink_low);
+    lse_max = fmax(s.m, sink);
+    factor = exp(s.m - lse_max);
+    l = s.l * factor + exp(sink - lse_max);
+    factor_low = exp2f(s.m_low - m_low);
+    l_low = s.l_low * factor_low + exp2f(sink_low - m_low);
+  }
+  const int dtype_o = a.dtype_o ? a.dtype_o : a.dtype;
+  for (int n = 0; n < kDimsPerThread; ++n) {
+    const int d = threadIdx.x + n * kThreads;
+    if (d >= a.dim_v) break;
+    out.o[index * a.dim_v + d] = l == 0 ? 0 : s.o[n] * factor / l;
+    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, s.o_low[n] * factor_low / l_low);
+  }
+  if (threadIdx.x == 0) out.lse[index] = (l == 0 ? -INFINITY : lse_max + log(l)) * (a.lse_base2 ? 1.4426950408889634 : 1.0);
+}
+
+static __global__ void rows(const __grid_constant__ flashcore_attention a, Output out) {
+  __shared__ double q[kMaxDim], scratch[kThreads];
+  const int64_t index = blockIdx.x;
+  const Row r = decode_row(a, index);
+  if (r.i >= r.len_q) return;
+  const int64_t address = query_address(a, a.q, r);
+  for (int d = threadIdx.x; d < a.dim_qk; d += kThreads) q[d] = read(a.q.data, a.dtype, address + d);
+  __syncthreads();
+  Sums s = {};
+  row_maxima(a, r, q, scratch, s);
+  row_sums(a, r, q, scratch, s);
+  write_row(a, r, index, s, out);
+}
+
+/* Everything the host must know: a descriptor as the caller filled it (not resolved), output arrays, the default stream. */
+inline cudaError_t run(const flashcore_attention &a, const Output &out) {
+  const int64_t rows_total = (int64_t)a.batch * a.heads_q * a.seq_q;
+  rows<<<(unsigned)rows_total, kThreads>>>(a, out);
+  return cudaGetLastError();
+}
+
+} // namespace oracle
+
+#endif

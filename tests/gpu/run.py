@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Builds the GPU tests for the GPU at hand, runs them, runs compute-sanitizer on a small sweep, and writes a receipt.
+
+    python3 tests/gpu/run.py [--quick] [--no-sanitizer] [--bench FILE]
+
+The receipt, tests/receipts/<gpu>.json, says what was tested: device, driver, CUDA, a hash of each header, counts, and the speed table of
+--bench (a text file). Exit code 0 only if everything passed."""
+import argparse
+import concurrent.futures
+import datetime
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "gpu"
+PROGRAMS = ["test_blocks", "test_attention", "test_sweep"]
+SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
+TIME_LIMIT = 1500  # seconds for one program
+
+
+def find_tool(name):
+    """A CUDA tool from PATH, CUDA_HOME or the usual place; None where there is none."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(name) or shutil.which(name, path=f"{home}/bin")
+
+
+def ask_device():
+    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", "0"]
+    name, capability, driver = [x.strip() for x in subprocess.check_output(query, text=True).strip().split(",")]
+    return name, capability.replace(".", ""), driver
+
+
+def cuda_version(nvcc):
+    found = re.search(r"release [\d.]+, V([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))
+    return found.group(1) if found else "unknown"
+
+
+def header_hashes():
+    headers = sorted(list(ROOT.glob("flashcore*.h")) + list(ROOT.glob("flashcore*.cuh")))
+    return {h.name: hashlib.sha256(h.read_bytes()).hexdigest() for h in headers}
+
+
+def compile_one(nvcc, arch, name):
+    target = BUILD / f"{name}.o"
+    command = [nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{ROOT}", "-c", str(HERE / f"{name}.cu"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return name, done.returncode, done.stdout + done.stderr
+
+
+def build(nvcc, arch):
+    """Compiles all files in parallel and links each program with the library. True if all went well."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    good = True
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, code, text in pool.map(lambda n: compile_one(nvcc, arch, n), ["library"] + PROGRAMS):
+            print(text, end="")
+            good &= code == 0
+    for name in PROGRAMS if good else []:
+        objects = [str(BUILD / f"{name}.o"), str(BUILD / "library.o")]
+        good &= subprocess.run([nvcc, f"-gencode=arch=compute_{arch},code=sm_{arch}", *objects, "-o", str(BUILD / name)]).returncode == 0
+    return good
+
+
+def run_logged(name, command):
+    """Runs a program; its output goes to a log, failures and the summary to the terminal. Returns exit code, passed, failed."""
+    log = BUILD / f"{name}.log"
+    start = time.time()
+    with open(log, "w") as out:
+        try:
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=TIME_LIMIT).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+    text = log.read_text(errors="replace")
+    counts = re.findall(r"^(\d+) passed, (\d+) failed$", text, re.M)
+    passed, failed = (int(counts[-1][0]), int(counts[-1][1])) if counts else (0, 0)
+    for line in re.findall(r"^(?:(?:FAIL|skip).*|#.*| {5}\S.*)$", text, re.M):
+        print("  " + line)
+    if code != 0 and failed == 0:
+        print("  ... " + "\n      ".join(text.splitlines()[-15:]))
+        failed = 1
+    print(f"{name}: {passed} passed, {failed} failed ({time.time() - start:.0f} s, exit code {code})", flush=True)
+    return {"exit_code": code, "passed": passed, "failed": failed}
+
+
+def run_sanitizers(quick):
+    tool = find_tool("compute-sanitizer")
+    if not tool:
+        print("compute-sanitizer was not found; --no-sanitizer leaves it out")
+        return {"error": "not found"}, False
+    results, good = {}, True
+    for check in SANITIZERS:
+        command = [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / "test_sweep"), "--tiny", "--count", "8" if quick else "40"]
+        outcome = run_logged(f"sanitizer_{check}", command)
+        summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"sanitizer_{check}.log").read_text(errors="replace"), re.M)
+        outcome["summary"] = summary[-1] if summary else "no summary"
+        print("  " + outcome["summary"])
+        good &= outcome["exit_code"] == 0
+        results[check] = outcome
+    return results, good
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer reruns and random cases, no huge tensor")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--bench", type=pathlib.Path, help="text file with a speed table for the receipt")
+    options = parser.parse_args()
+    nvcc = find_tool("nvcc")
+    if not nvcc or not shutil.which("nvidia-smi"):
+        sys.exit("needs nvcc and an NVIDIA GPU with its driver")
+    name, arch, driver = ask_device()
+    print(f"{name}, sm_{arch}, driver {driver}, CUDA {cuda_version(nvcc)}", flush=True)
+    hashes = header_hashes()
+    if not build(nvcc, arch):
+        sys.exit("the build failed")
+
+    arguments = {"test_blocks": [], "test_attention": ["--quick"] if options.quick else [], "test_sweep": ["--count", "300" if options.quick else "2000"]}
+    programs = {p: run_logged(p, [str(BUILD / p), *arguments[p]]) for p in PROGRAMS}
+    good = all(r["exit_code"] == 0 and r["failed"] == 0 for r in programs.values())
+    sanitizers = {"error": "left out"}
+    if not options.no_sanitizer:
+        sanitizers, clean = run_sanitizers(options.quick)
+        good &= clean
+    receipt = {
+        "device": name, "arch": f"sm_{arch}", "driver": driver, "cuda": cuda_version(nvcc),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "headers": hashes, "quick": options.quick, "programs": programs, "sanitizer": sanitizers, "all_passed": good,
+        "speed_table": options.bench.read_text().splitlines() if options.bench else [],
+    }
+    target = ROOT / "tests" / "receipts" / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(receipt, indent=1) + "\n")
+    print(f"receipt: {target.relative_to(ROOT)}")
+    total = [sum(r[k] for r in programs.values()) for k in ("passed", "failed")]
+    print(f"{total[0]} passed, {total[1]} failed" + ("" if good else "  (NOT GOOD)"))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
