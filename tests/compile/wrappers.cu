@@ -1,0 +1,44 @@
+/* Takes the address of every FLASHCORE_DEVICE building block, so that each is compiled on its own and not only where a kernel happens to use it.
+ * tests/run.py fails when a name is missing here. */
+#include "all_headers.h"
+
+namespace fc = flashcore;
+
+template <typename Function> static __device__ void keep(const void **table, int &count, Function *function) {
+  table[count++] = reinterpret_cast<const void *>(function);
+}
+
+static __device__ void keep_flashcore(const void **table, int &count) {
+  keep(table, count, &fc::load_as_float);
+  keep(table, count, &fc::store_from_float);
+  keep(table, count, &fc::ex2);
+  keep(table, count, &fc::quad_max);
+  keep(table, count, &fc::quad_sum);
+  keep(table, count, &fc::warp_max);
+  keep(table, count, &fc::warp_sum);
+  keep(table, count, &fc::shared_address);
+  keep(table, count, &fc::cp_async<4>);
+  keep(table, count, &fc::cp_async<8>);
+  keep(table, count, &fc::cp_async<16>);
+  keep(table, count, &fc::cp_async_commit);
+  keep(table, count, &fc::cp_async_wait<0>);
+  keep(table, count, &fc::cp_async_wait<1>);
+}
+
+#if __has_include("flashcore_wmma.cuh") && (FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__))
+static __device__ void keep_wmma(const void **table, int &count) {
+  keep(table, count, &fc::ldmatrix_x4);
+  keep(table, count, &fc::ldmatrix_x4_trans);
+  keep(table, count, &fc::mma_m16n8k16<__half>);
+  keep(table, count, &fc::mma_m16n8k16<__nv_bfloat16>);
+  keep(table, count, &fc::pack2<__half>);
+  keep(table, count, &fc::pack2<__nv_bfloat16>);
+}
+#endif
+
+__global__ void keep_all(const void **table, int *count) {
+  keep_flashcore(table, *count);
+#if __has_include("flashcore_wmma.cuh") && FLASHCORE_HAS_SM80
+  keep_wmma(table, *count);
+#endif
+}

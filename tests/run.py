@@ -1,0 +1,737 @@
+#!/usr/bin/env python3
+"""Every test that needs no GPU: formatting, host tests, compilation for every architecture, resource gates, linking, NVRTC, README, examples.
+
+Needs gcc, clang, cmake, nvcc on PATH, and Python with pip. Builds in build/. The last line is `N passed, N failed`; the exit code says the same.
+"""
+
+import argparse
+import concurrent.futures
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "tests", "compile"))
+sys.dont_write_bytecode = True
+import resources  # noqa: E402
+
+BUILD = os.path.join(ROOT, "build")
+WORK = os.path.join(BUILD, "tests")
+PYPI = os.path.join(BUILD, "pypi")
+COMPILE = os.path.join("tests", "compile")
+
+HEADERS = [h for h in ("flashcore.h", "flashcore_wmma.cuh", "flashcore_wgmma.cuh", "flashcore_fp8.cuh") if os.path.exists(os.path.join(ROOT, h))]
+ARCHES = ["75", "80", "86", "89", "90", "90a", "100", "120"]
+GATED = {"flashcore_wgmma.cuh": ["90a"], "flashcore_fp8.cuh": ["89", "90a"]}  # the others: 80, 89, 90
+COST_ARCH = "89"
+COST_HEADERS = [h for h in ("flashcore.h", "flashcore_wmma.cuh") if h in HEADERS]
+COST_SECONDS = 60
+
+C_WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+NVCC = ["nvcc", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-I.", "-I" + COMPILE]
+OLD_STUBS = ["-static-global-template-stub=false"]  # as before CUDA 13: a template kernel that is not static leaves a weak symbol
+PTX_ONLY = ["-gencode", "arch=compute_89,code=compute_89"]  # skips ptxas: for what is about symbols, not machine code
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Running checks
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """A check that does not hold; the text says why."""
+
+
+class Log:
+    def __init__(self):
+        self.passed, self.failed, self.lock = 0, [], threading.Lock()
+
+    def add(self, name, seconds, failure=None, note=""):
+        with self.lock:
+            if failure is None:
+                self.passed += 1
+                print(f"ok    {name}  ({seconds:.1f} s){'  ' + note if note else ''}", flush=True)
+            else:
+                self.failed.append(name)
+                print(f"FAIL  {name}  ({seconds:.1f} s)\n" + "\n".join("      " + line for line in failure.splitlines()), flush=True)
+
+
+LOG = Log()
+
+
+def run_check(name, function):
+    start = time.time()
+    try:
+        note = function() or ""
+    except Failure as failure:
+        LOG.add(name, time.time() - start, failure=str(failure))
+    except Exception as error:  # a defect of the check itself is a failure too
+        LOG.add(name, time.time() - start, failure=f"{type(error).__name__}: {error}")
+    else:
+        LOG.add(name, time.time() - start, note=note)
+
+
+def run_all(checks, jobs):
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda check: run_check(*check), checks))
+
+
+def sh(command, env=None, cwd=ROOT):
+    """Run a command in the repository root; its output, or Failure."""
+    result = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if result.returncode != 0:
+        raise Failure(f"$ {' '.join(command)}\n{shorten(result.stdout)}\nexit code {result.returncode}")
+    return result.stdout
+
+
+def shorten(text, lines=60):
+    kept = text.strip().splitlines()
+    return "\n".join(kept if len(kept) <= lines else kept[: lines // 2] + [f"... {len(kept) - lines} lines ..."] + kept[-lines // 2 :])
+
+
+def out(*parts):
+    """A path under build/tests, relative to the root."""
+    path = os.path.join(WORK, *parts)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return os.path.relpath(path, ROOT)
+
+
+def files(*patterns):
+    skip = (os.path.join(ROOT, "build") + os.sep, os.path.join(ROOT, ".git") + os.sep)
+    found = {p for pattern in patterns for p in glob.glob(os.path.join(ROOT, "**", pattern), recursive=True)}
+    return sorted(os.path.relpath(p, ROOT) for p in found if not p.startswith(skip))
+
+
+_pypi_lock = threading.Lock()
+
+
+def pypi(folder, *packages):
+    """Packages from PyPI in build/pypi/<folder>, fetched once."""
+    path = os.path.join(PYPI, folder)
+    with _pypi_lock:
+        if not os.path.exists(os.path.join(path, ".complete")):
+            sh([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", path, *packages])
+            open(os.path.join(path, ".complete"), "w").close()
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Source text
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_format():
+    tool = shutil.which("clang-format")
+    if not tool or "version 14.0.6" not in sh([tool, "--version"]):
+        tool = os.path.join(pypi("clang-format", "clang-format==14.0.6"), "bin", "clang-format")
+    env = dict(os.environ, PYTHONPATH=os.path.join(PYPI, "clang-format"))
+    sources = files("*.h", "*.c", "*.cpp", "*.cu", "*.cuh")
+    sh([tool, "--dry-run", "-Werror", *sources], env=env)
+    return f"{len(sources)} files"
+
+
+def check_scripts():
+    scripts = files("*.py")
+    for path in scripts:
+        with open(os.path.join(ROOT, path)) as f:
+            compile(f.read(), path, "exec")
+    for path in files("*.sh") + [".ci/run"]:
+        sh(["bash", "-n", path])
+    return f"{len(scripts)} Python files"
+
+
+def source_checks():
+    return [("sources_are_clang_formatted", check_format), ("scripts_parse", check_scripts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Host tests
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+LANGUAGES = {
+    "gcc_c11": ["gcc", "-std=c11"],
+    "gcc_cxx17": ["g++", "-std=c++17", "-x", "c++"],
+    "clang_c11": ["clang", "-std=c11"],
+    "clang_cxx17": ["clang++", "-std=c++17", "-x", "c++"],
+    "gcc_c11_sanitized": ["gcc", "-std=c11", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+
+
+def host_test(source, compiler, label):
+    program = out("host", os.path.splitext(os.path.basename(source))[0] + "." + label)
+    sh([*compiler, "-O1", *([] if compiler[0] == "nvcc" else C_WARNINGS), "-I.", source, "-o", program, "-lm"])
+    return (sh([program]).strip().splitlines() or [""])[-1]
+
+
+def host_checks():
+    c_tests, cuda_tests = files("tests/host/test_*.c"), files("tests/host/test_*.cu")
+    if not c_tests:
+        raise Failure("tests/host holds no test_*.c")
+    checks = []
+    for source in c_tests:
+        name = os.path.splitext(os.path.basename(source))[0]
+        checks += [(f"host_{name}_{label}", lambda s=source, c=c, n=label: host_test(s, c, n)) for label, c in LANGUAGES.items()]
+    for source in cuda_tests:
+        name = os.path.splitext(os.path.basename(source))[0]
+        checks.append((f"host_{name}_nvcc", lambda s=source: host_test(s, NVCC + PTX_ONLY, "nvcc")))
+    return checks
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Headers, compiled every way
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+HEADER_MODES = {
+    "declarations": [],
+    "implementation": ["-DFLASHCORE_IMPLEMENTATION"],
+    "static": ["-DFLASHCORE_STATIC"],
+    "static_implementation": ["-DFLASHCORE_STATIC", "-DFLASHCORE_IMPLEMENTATION"],
+    "prefix": ["-DFLASHCORE_PREFIX=acme_"],
+    "prefix_implementation": ["-DFLASHCORE_PREFIX=acme_", "-DFLASHCORE_IMPLEMENTATION"],
+}
+
+
+def without_include_paths():
+    return {k: v for k, v in os.environ.items() if k not in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH")}
+
+
+def c_header(label, mode):
+    command = [*LANGUAGES[label], *C_WARNINGS, *HEADER_MODES[mode], "-I.", "-c", f"{COMPILE}/header.c", "-o", out("header", f"{label}.{mode}.o")]
+    sh(command, env=without_include_paths())
+
+
+def c_header_checks():
+    labels = ["gcc_c11", "gcc_cxx17", "clang_c11", "clang_cxx17"]
+    return [(f"header_{mode}_compiles_as_{label}", lambda a=label, b=mode: c_header(a, b)) for mode in HEADER_MODES for label in labels]
+
+
+def arch_flags(*arches):
+    return [flag for a in arches for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+
+
+def implementation_command(header, arches, obj):
+    """flashcore.h implements everything of its own; a backend header, its backends alone."""
+    macro = "FLASHCORE_IMPLEMENTATION" if header == "flashcore.h" else "FLASHCORE_BACKEND_IMPLEMENTATION"
+    defines = [f"-D{macro}", f'-DFLASHCORE_TEST_HEADER="{header}"']
+    return [*NVCC, *defines, "-Xptxas", "-v", *arch_flags(*arches), "-c", f"{COMPILE}/implementation.cu", "-o", obj]
+
+
+class Objects:
+    """Implementation objects by (header, arch), each compiled once; keeps the ptxas log and the seconds of processor time."""
+
+    def __init__(self):
+        self.lock, self.locks, self.results = threading.Lock(), {}, {}
+
+    def get(self, header, arch):
+        with self.lock:
+            key_lock = self.locks.setdefault((header, arch), threading.Lock())
+        with key_lock:
+            if (header, arch) not in self.results:
+                self.results[(header, arch)] = self.compile(header, arch)
+        result = self.results[(header, arch)]
+        if result["failure"]:
+            raise Failure(result["failure"])
+        return result
+
+    @staticmethod
+    def compile(header, arch):
+        obj = out("arch", f"{header}.sm_{arch}.o")
+        log_path = obj + ".log"
+        command = implementation_command(header, [arch], obj)
+        with open(os.path.join(ROOT, log_path), "w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        with open(os.path.join(ROOT, log_path), errors="replace") as log:
+            text = log.read()
+        failure = f"$ {' '.join(command)}\n{shorten(text)}" if status else None
+        return {"object": obj, "log": text, "seconds": usage.ru_utime + usage.ru_stime, "failure": failure}
+
+
+OBJECTS = Objects()
+
+
+def compile_for(header, arch):
+    log = OBJECTS.get(header, arch)["log"]
+    if found := sorted(set(re.findall(r"C75\d\d", log))):
+        raise Failure("ptxas serialised wgmma or ignored setmaxnreg: " + ", ".join(found))
+    return f"{len(resources.parse(log))} kernels"
+
+
+def fat_binary(header):
+    sh(implementation_command(header, ["80", "89", "90"], out("arch", f"{header}.fat.o")))
+
+
+def arch_checks():
+    checks = [(f"{header}_compiles_for_sm_{a}", lambda h=header, a=a: compile_for(h, a)) for header in HEADERS for a in ARCHES]
+    return checks + [(f"{header}_compiles_for_three_archs_at_once", lambda h=header: fat_binary(h)) for header in HEADERS]
+
+
+def option_compiles(option):
+    defines = ["-DFLASHCORE_IMPLEMENTATION", '-DFLASHCORE_TEST_HEADER="all_headers.h"', f"-D{option}"]
+    sh([*NVCC, *PTX_ONLY, *defines, "-c", f"{COMPILE}/implementation.cu", "-o", out("options", option + ".o")])
+
+
+def option_checks():
+    return [(f"{option}_compiles", lambda o=option: option_compiles(o)) for option in ("FLASHCORE_NO_F16", "FLASHCORE_NO_BF16")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Resources and cost
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def gated_kernels(header):
+    return [k for arch in GATED.get(header, ["80", "89", "90"]) for k in resources.parse(OBJECTS.get(header, arch)["log"])]
+
+
+def gate(header):
+    kernels = gated_kernels(header)
+    if not kernels:
+        raise Failure("the compiler's report names no kernel")
+    if found := resources.violations(header, kernels):
+        raise Failure("\n".join(found))
+    return f'{len(kernels)} kernels, most registers {max(k["registers"] for k in kernels)}'
+
+
+def unknown_headers():
+    if unknown := sorted(set(resources.load()) - set(HEADERS)):
+        raise Failure("limits.json names headers that are not there: " + ", ".join(unknown))
+
+
+def resource_checks():
+    checks = [(f"{header}_kernels_stay_within_declared_resources", lambda h=header: gate(h)) for header in HEADERS]
+    return checks + [("limits_name_only_headers_that_exist", unknown_headers)]
+
+
+def write_limits(jobs):
+    pairs = [(h, a) for h in HEADERS for a in GATED.get(h, ["80", "89", "90"])]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda pair: OBJECTS.get(*pair), pairs))
+    except Failure as failure:
+        sys.exit(str(failure))
+    resources.save({header: resources.measured_limits(header, gated_kernels(header)) for header in HEADERS})
+    print(f"wrote {os.path.relpath(resources.PATH, ROOT)}: read what changed before committing it")
+
+
+def device_code_bytes(obj):
+    return sum(int(m) for m in re.findall(r"^\.nv_fatbin\s+(\d+)", sh(["size", "-A", obj]), re.MULTILINE))
+
+
+def compile_cost():
+    """Two cores build the default set for one arch: processor time counts, so that a busy machine does not fail the gate."""
+    start = time.time()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda h: OBJECTS.get(h, COST_ARCH), COST_HEADERS))
+    wall = time.time() - start
+    for header, result in zip(COST_HEADERS, results):
+        count, size = len(resources.parse(result["log"])), device_code_bytes(result["object"])
+        if not count:
+            raise Failure(f"{header}: the compiler's report names no kernel")
+        print(f"      {header}: {result['seconds']:.1f} s, {count} kernels, {size / 1024 / count:.1f} KB and {result['seconds'] / count:.2f} s per kernel")
+    seconds = [r["seconds"] for r in results]
+    needed = max(max(seconds), sum(seconds) / 2)
+    figures = f"{needed:.1f} s on 2 cores, limit {COST_SECONDS} s (processor time {sum(seconds):.1f} s, wall clock {wall:.1f} s)"
+    if needed > COST_SECONDS:
+        raise Failure(figures)
+    return figures
+
+
+def cost_checks():
+    return [(f"default_set_for_sm_{COST_ARCH}_compiles_in_time", compile_cost)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Linking
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def cuda_object(source, name, *defines):
+    obj = out("link", name + ".o")
+    sh([*NVCC, *PTX_ONLY, *OLD_STUBS, *defines, "-c", f"{COMPILE}/{source}", "-o", obj])
+    return obj
+
+
+def c_object(source, name, *defines):
+    obj = out("link", name + ".o")
+    sh(["gcc", "-std=c11", *C_WARNINGS, "-I.", *defines, "-c", f"{COMPILE}/{source}", "-o", obj])
+    return obj
+
+
+def check_symbols(objects):
+    """No weak symbol of ours, and none that two objects define."""
+    owner, wrong = {}, []
+    for obj in objects:
+        for line in sh(["nm", "-P", obj]).splitlines():
+            name, kind = line.split()[:2]
+            if "flashcore" not in name:
+                continue
+            if kind in "WwVvu":
+                wrong.append(f"{obj}: {name} is weak ({kind})")
+            elif kind.isupper() and kind != "U":
+                if name in owner:
+                    wrong.append(f"{name} is in both {owner[name]} and {obj}")
+                owner[name] = obj
+    if wrong:
+        raise Failure("\n".join(wrong))
+    if not any("flashcore" in name for name in owner) and len(objects) > 1:
+        return "no global symbol"
+    return f"{len(owner)} global symbols"
+
+
+def link_and_run(name, objects, *arguments, linker=("nvcc",)):
+    program = out("link", name)
+    sh([*linker, *objects, "-o", program, "-lm"])
+    sh([program, *arguments])
+
+
+def gpu_mode():
+    return "gpu" if os.path.exists("/dev/nvidiactl") else "no-gpu"
+
+
+def link_two_files():
+    everything = ['-DFLASHCORE_TEST_HEADER="all_headers.h"', "-DFLASHCORE_IMPLEMENTATION"]
+    objects = [cuda_object("implementation.cu", "everything", *everything), cuda_object("user.cu", "user")]
+    objects.append(c_object("program.c", "program", "-DFLASHCORE_TEST_USER_FILE"))
+    note = check_symbols(objects)
+    link_and_run("two_files", objects, gpu_mode())
+    return note
+
+
+def link_spread_backends():
+    objects = []
+    for header in HEADERS:
+        macro = "FLASHCORE_IMPLEMENTATION" if header == "flashcore.h" else "FLASHCORE_BACKEND_IMPLEMENTATION"
+        objects.append(cuda_object("implementation.cu", "spread_" + header, f'-DFLASHCORE_TEST_HEADER="{header}"', "-D" + macro))
+    objects.append(c_object("program.c", "spread_program"))
+    note = check_symbols(objects)
+    link_and_run("spread_backends", objects, gpu_mode())
+    return note
+
+
+def link_copies(name, first, second):
+    objects = [cuda_object("copy.cu", f"{name}_1", *first, "-DFLASHCORE_TEST_CHECK=first_copy_works")]
+    objects.append(cuda_object("copy.cu", f"{name}_2", *second, "-DFLASHCORE_TEST_CHECK=second_copy_works"))
+    objects.append(c_object("copies.c", f"{name}_main"))
+    note = check_symbols(objects)
+    link_and_run(name, objects)
+    return note
+
+
+def link_c_only():
+    objects = [c_object("header.c", "c_implementation", "-DFLASHCORE_IMPLEMENTATION"), c_object("program.c", "c_program")]
+    note = check_symbols(objects)
+    link_and_run("c_only", objects, "no-cuda", linker=("gcc",))
+    return note
+
+
+def link_checks():
+    prefixes = ["-DFLASHCORE_PREFIX=acme_"], ["-DFLASHCORE_PREFIX=zen_"]
+    static = ["-DFLASHCORE_STATIC"], ["-DFLASHCORE_STATIC"]
+    return [
+        ("two_files_with_all_headers_link_without_weak_symbols", link_two_files),
+        ("backends_spread_over_files_link", link_spread_backends),
+        ("two_copies_with_prefixes_live_in_one_process", lambda: link_copies("prefixes", *prefixes)),
+        ("two_static_copies_live_in_one_process", lambda: link_copies("static", *static)),
+        ("c_program_without_cuda_uses_the_reference", link_c_only),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Device parts under NVRTC, and the oldest toolkit
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def toolkit():
+    return os.path.dirname(os.path.dirname(os.path.realpath(shutil.which("nvcc") or "")))
+
+
+def toolkit_include():
+    for path in (os.path.join(toolkit(), "include"), os.path.join(toolkit(), "targets", "x86_64-linux", "include")):
+        if os.path.exists(os.path.join(path, "cuda_fp16.h")):
+            return path
+    raise Failure("no CUDA headers next to nvcc")
+
+
+OLD_CUDA = {  # package versions of one toolkit release
+    "12.0": ["nvidia-cuda-nvrtc-cu12==12.0.140", "nvidia-cuda-runtime-cu12==12.0.146", "nvidia-cuda-cccl-cu12==12.0.140", "nvidia-cuda-nvcc-cu12==12.0.140"],
+    "12.4": ["nvidia-cuda-nvrtc-cu12==12.4.127", "nvidia-cuda-runtime-cu12==12.4.127", "nvidia-cuda-cccl-cu12==12.4.127.post1", "nvidia-cuda-nvcc-cu12==12.4.131"],
+}
+
+
+def old_cuda(version):
+    """The NVRTC library and the include directories of an older toolkit."""
+    base = os.path.join(pypi("cuda-" + version, *OLD_CUDA[version]), "nvidia")
+    library = glob.glob(os.path.join(base, "cuda_nvrtc", "lib", "libnvrtc.so.12"))[0]
+    return library, [os.path.join(base, part, "include") for part in ("cuda_runtime", "cuda_nvcc", "cuda_cccl")]
+
+
+def nvrtc_of(version):
+    if version != "toolkit":
+        return old_cuda(version)
+    for directory in ("lib64", "lib", os.path.join("targets", "x86_64-linux", "lib")):
+        if libraries := sorted(glob.glob(os.path.join(toolkit(), directory, "libnvrtc.so*"))):
+            return libraries[0], [toolkit_include()]
+    base = os.path.join(pypi("nvrtc-13", "nvidia-cuda-nvrtc==13.0.*"), "nvidia")
+    return glob.glob(os.path.join(base, "**", "libnvrtc.so*"), recursive=True)[0], [toolkit_include()]
+
+
+def nvrtc_kernels():
+    """(header, name expression) pairs of nvrtc_kernels.txt."""
+    with open(os.path.join(ROOT, COMPILE, "nvrtc_kernels.txt")) as f:
+        rows = [line.split(None, 1) for line in f if line.strip() and not line.startswith("#")]
+    return [(header, expression.strip()) for header, expression in rows]
+
+
+_nvrtc_lock = threading.Lock()
+
+
+def nvrtc_program():
+    program = out("nvrtc", "nvrtc_test")
+    with _nvrtc_lock:
+        if not os.path.exists(os.path.join(ROOT, program + ".built")):
+            sh(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", toolkit_include(), f"{COMPILE}/nvrtc_test.cpp", "-o", program, "-ldl"])
+            open(os.path.join(ROOT, program + ".built"), "w").close()
+    return program
+
+
+def nvrtc_compiles(version, arch, header):
+    library, includes = nvrtc_of(version)
+    env = dict(os.environ, LD_LIBRARY_PATH=os.path.dirname(library) + ":" + os.environ.get("LD_LIBRARY_PATH", ""))
+    expressions = [e for h, e in nvrtc_kernels() if h == header]
+    if not expressions:
+        raise Failure(f"nvrtc_kernels.txt names no kernel of {header}")
+    for expression in expressions:
+        sh([nvrtc_program(), library, header, "sm_" + arch, expression, ".", *includes], env=env)
+    return f"{len(expressions)} kernels"
+
+
+def nvrtc_arches(header):
+    return {"flashcore_wgmma.cuh": ["90a"], "flashcore_fp8.cuh": ["89", "90a"]}.get(header, ["80", "89", "90"])
+
+
+def nvrtc_checks():
+    checks = []
+    for version in ("toolkit", "12.4", "12.0"):
+        for header in HEADERS:
+            for arch in nvrtc_arches(header):
+                name = f"{header}_device_parts_compile_with_nvrtc_{version}_for_sm_{arch}"
+                checks.append((name, lambda v=version, a=arch, h=header: nvrtc_compiles(v, a, h)))
+    return checks
+
+
+def host_parts_with_oldest_headers(header):
+    """nvcc 12.0 itself is in no Python package. Its device compiler is checked through NVRTC 12.0; here the host side of each file meets the 12.0
+    headers: preprocessed as nvcc does it, then parsed by the CUDA front end of the toolkit at hand."""
+    _, includes = old_cuda("12.0")
+    macro = "FLASHCORE_IMPLEMENTATION" if header == "flashcore.h" else "FLASHCORE_BACKEND_IMPLEMENTATION"
+    version = ["-D__CUDACC_VER_MAJOR__=12", "-D__CUDACC_VER_MINOR__=0", "-D__CUDACC_VER_BUILD__=140"]
+    defines = ["-D__CUDACC__", "-D__NVCC__", "-D__CUDA_ARCH_LIST__=800", *version, f'-DFLASHCORE_TEST_HEADER="{header}"', "-D" + macro]
+    search = ["-I.", "-I" + COMPILE, *(flag for path in includes for flag in ("-isystem", path))]
+    base = out("oldest", header)
+    sh(["g++", "-std=c++17", "-E", "-x", "c++", *defines, *search, "-include", "cuda_runtime.h", f"{COMPILE}/implementation.cu", "-o", base + ".ii"])
+    gcc = "".join(f"{int(n):02d}" for n in sh(["g++", "-dumpfullversion"]).strip().split(".")).lstrip("0")
+    generated = ["--gen_c_file_name", base + ".cpp", "--stub_file_name", base + ".stub.c", "--gen_module_id_file", "--module_id_file_name", base + ".id"]
+    options = ["--c++17", f"--gnu_version={gcc}", "--orig_src_file_name", "implementation.cu", "--allow_managed", "--m64", "--parse_templates"]
+    sh([os.path.join(toolkit(), "bin", "cudafe++"), *options, *generated, base + ".ii"])
+
+
+def oldest_checks():
+    return [(f"{header}_host_parts_parse_with_cuda_12_0_headers", lambda h=header: host_parts_with_oldest_headers(h)) for header in HEADERS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Building blocks, one by one
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+KERNEL_STEPS = ("simt_", "merge_", "wmma_", "mma_", "wgmma_", "qmma_", "qgmma_")  # parts of one kernel, which compiles them wherever it is compiled
+
+
+def device_functions():
+    """{name: header} of the FLASHCORE_DEVICE building blocks: all but the steps of a kernel; with asm inside, all."""
+    names = {}
+    for header in HEADERS:
+        with open(os.path.join(ROOT, header)) as f:
+            text = re.sub(r"^#define.*$", "", f.read(), flags=re.MULTILINE)
+        for m in re.finditer(r"\bFLASHCORE_DEVICE\s+[^;{()]*?(\w+)\s*\(", text):
+            body = re.split(r"^}|;$", text[m.end() :], maxsplit=1, flags=re.MULTILINE)[0]
+            if not m[1].startswith(KERNEL_STEPS) or "asm" in body:
+                names.setdefault(m[1], header)
+    return names
+
+
+def every_block_is_taken():
+    with open(os.path.join(ROOT, COMPILE, "wrappers.cu")) as f:
+        text = f.read()
+    names = device_functions()
+    if not names:
+        raise Failure("no FLASHCORE_DEVICE function found")
+    if missing := [f"{name} ({header})" for name, header in names.items() if not re.search(rf"\b{name}\b", text)]:
+        raise Failure("not in tests/compile/wrappers.cu: " + ", ".join(missing))
+    return f"{len(names)} functions"
+
+
+def wrappers_compile(arch):
+    sh([*NVCC, *arch_flags(arch), "-c", f"{COMPILE}/wrappers.cu", "-o", out("wrappers", f"sm_{arch}.o")])
+
+
+def wrapper_checks():
+    compiled = [(f"every_building_block_compiles_alone_for_sm_{a}", lambda a=a: wrappers_compile(a)) for a in ("75", "89", "90a")]
+    return [("every_building_block_has_its_address_taken", every_block_is_taken), *compiled]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# GPU test programs, examples, README, receipts
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def gpu_program_compiles(source):
+    sh([*NVCC, "-gencode", "arch=compute_90,code=compute_90", "-Itests/gpu", "-c", source, "-o", out("gpu", os.path.basename(source) + ".o")])
+
+
+def gpu_program_checks():
+    return [(f"gpu_{os.path.splitext(os.path.basename(s))[0]}_compiles", lambda s=s: gpu_program_compiles(s)) for s in files("tests/gpu/*.cu")]
+
+
+def examples_build():
+    if not os.path.exists(os.path.join(ROOT, "examples", "CMakeLists.txt")):
+        raise Failure("examples/CMakeLists.txt is not there")
+    sh(["cmake", "-S", "examples", "-B", "build/examples", f"-DCMAKE_CUDA_ARCHITECTURES={COST_ARCH}"])
+    sh(["cmake", "--build", "build/examples", "-j2"])
+
+
+def readme():
+    path = os.path.join(ROOT, "README.md")
+    if not os.path.exists(path):
+        raise Failure("README.md is not there")
+    with open(path) as f:
+        return f.read()
+
+
+def dedent(lines):
+    """Trailing space, outer blank lines and the common indentation do not count."""
+    lines = [line.rstrip() for line in lines]
+    indent = min((len(line) - len(line.lstrip()) for line in lines if line), default=0)
+    return "\n".join(line[indent:] for line in lines).strip("\n")
+
+
+def example_regions():
+    """Texts that README may show: {label: text} of whole example files and of their `// [readme:NAME]` to `// [readme:end]` regions."""
+    regions = {}
+    for path in files("examples/**/*.c", "examples/**/*.h", "examples/**/*.cpp", "examples/**/*.cu", "examples/**/*.cuh"):
+        with open(os.path.join(ROOT, path)) as f:
+            lines = f.read().splitlines()
+        name, start = None, 0
+        for number, line in enumerate(lines):
+            if m := re.search(r"// \[readme:(\w+)\]", line):
+                if name:
+                    regions[f"{path} [readme:{name}]"] = dedent(lines[start:number])
+                name, start = (None if m[1] == "end" else m[1]), number + 1
+        if name:
+            raise Failure(f"{path}: [readme:{name}] has no [readme:end]")
+        regions[path] = dedent([line for line in lines if "// [readme:" not in line])
+    return regions
+
+
+def readme_snippets():
+    regions, shown, wrong = example_regions(), set(), []
+    blocks = re.findall(r"^```(?:c|cpp|c\+\+|cuda)\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        label = next((where for where, text in regions.items() if text == dedent(block.splitlines())), None)
+        if label is None:
+            wrong.append("not an excerpt of a file under examples/:\n" + shorten(block, 8))
+        shown.add(label)
+    wrong += [f"{where} is not shown in README.md" for where in regions if "[readme:" in where and where not in shown]
+    if wrong:
+        raise Failure("\n".join(wrong))
+    if not blocks:
+        raise Failure("README.md shows no code")
+    return f"{len(blocks)} blocks"
+
+
+def readme_commands():
+    """Shell blocks right after a `<!-- run -->` line, but for this test command itself."""
+    blocks = re.findall(r"^<!-- run -->\s*\n```(?:sh|bash|shell|console)?\n(.*?)^```", readme(), re.MULTILINE | re.DOTALL)
+    if not blocks:
+        raise Failure("README.md marks no command with <!-- run -->")
+    commands = [re.sub(r"^\$ ", "", line) for block in blocks for line in block.splitlines() if line.strip() and "tests/run" not in line]
+    if commands:
+        sh(["bash", "-e", "-c", "\n".join(commands)])
+    return f"{len(commands)} lines"
+
+
+def receipts():
+    script = os.path.join("tests", "gpu", "receipt_check.py")
+    if not os.path.exists(os.path.join(ROOT, script)):
+        raise Failure(f"{script} is not there")
+    text = sh([sys.executable, script]).strip()
+    print("\n".join("      " + line for line in text.splitlines()), flush=True)
+
+
+def example_checks():
+    return [
+        ("readme_code_is_verbatim_from_examples", readme_snippets),
+        ("examples_build", examples_build),
+        ("readme_commands_run", readme_commands),
+        ("receipt_check_runs", receipts),
+    ]
+
+
+PARTS = {  # in order; the cost is measured while nothing else runs
+    "source": source_checks,
+    "cost": cost_checks,
+    "host": host_checks,
+    "headers": c_header_checks,
+    "arches": arch_checks,
+    "options": option_checks,
+    "resources": resource_checks,
+    "link": link_checks,
+    "nvrtc": nvrtc_checks,
+    "oldest": oldest_checks,
+    "wrappers": wrapper_checks,
+    "gpu": gpu_program_checks,
+    "examples": example_checks,
+}
+ONE_AT_A_TIME = ("cost", "examples")
+
+
+def run_part(part, jobs):
+    print(f"--- {part}", flush=True)
+    try:
+        checks = PARTS[part]()
+    except Failure as failure:
+        LOG.add(part, 0, failure=str(failure))
+        return
+    run_all(checks, 1 if part in ONE_AT_A_TIME else jobs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="only these of: " + " ".join(PARTS))
+    parser.add_argument("-j", "--jobs", type=int, default=max(2, os.cpu_count() or 2))
+    parser.add_argument("--write-limits", action="store_true", help="regenerate tests/compile/limits.json from what the compiler reports now")
+    options = parser.parse_args()
+    if unknown := [p for p in options.parts if p not in PARTS]:
+        parser.error("no such part: " + " ".join(unknown))
+    shutil.rmtree(WORK, ignore_errors=True)
+    if options.write_limits:
+        return write_limits(options.jobs)
+    start = time.time()
+    for part in options.parts or PARTS:
+        run_part(part, options.jobs)
+    for name in LOG.failed:
+        print(f"failed: {name}")
+    print(f"{time.time() - start:.0f} s")
+    print(f"{LOG.passed} passed, {len(LOG.failed)} failed")
+    return 1 if LOG.failed or not LOG.passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
