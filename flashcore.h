@@ -16,8 +16,9 @@
  *   #define FLASHCORE_IMPLEMENTATION
  *   #include "flashcore_wmma.cuh"
  *
- * To build in parallel, more .cu files may each define FLASHCORE_BACKEND_IMPLEMENTATION and include one more backend header: backends register
- * themselves before main. (In a static library, link those objects as a whole: nothing else refers to them.)
+ * To build in parallel, more .cu files may each define FLASHCORE_BACKEND_IMPLEMENTATION and include one more backend header, or the same one with
+ * FLASHCORE_NO_BF16 in one file and FLASHCORE_NO_F16 in another: backends register themselves before main. (In a static library, link those
+ * objects as a whole: nothing else refers to them.)
  *
  * Contents
  *   1  version, options, feature tests        6  building blocks: reductions, exp2, cp.async, swizzle, vector access
@@ -26,8 +27,17 @@
  *   4  element types on the device            9  merge kernel
  *   5  score rules                           10  implementation: validation, CPU reference, dispatch
  */
+#if defined(FLASHCORE_H) && defined(FLASHCORE_IMPLEMENTATION) && !defined(FLASHCORE_IMPLEMENTED)
+#error "define FLASHCORE_IMPLEMENTATION before flashcore.h is first included in this file"
+#endif
+#if defined(FLASHCORE_STATIC) && defined(FLASHCORE_BACKEND_IMPLEMENTATION)
+#error "with FLASHCORE_STATIC every file is on its own: define FLASHCORE_IMPLEMENTATION in it"
+#endif
 #ifndef FLASHCORE_H
 #define FLASHCORE_H
+#if defined(FLASHCORE_IMPLEMENTATION)
+#define FLASHCORE_IMPLEMENTED
+#endif
 
 /* ================================================================================================================================
  * 1  Version, options, feature tests
@@ -38,6 +48,7 @@
  *   FLASHCORE_STATIC              in every TU              C functions become static: each TU that uses them implements them
  *   FLASHCORE_PREFIX              in every TU              a prefix for the C symbols, so that two vendored copies can live in one process
  *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16  implementing TUs  leave that element type's kernels out
+ *   FLASHCORE_HAS_PTX             implementing TUs         PTX is embedded for the oldest arch of the build: newer GPUs may use it
  */
 #define FLASHCORE_VERSION_MAJOR 0
 #define FLASHCORE_VERSION_MINOR 1
@@ -51,12 +62,15 @@ typedef unsigned short uint16_t;
 typedef unsigned char uint8_t;
 typedef long long int64_t;
 typedef unsigned long long uint64_t;
+#ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
+#endif
 #else
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #endif
 
 #if defined(__CUDACC__)
@@ -87,7 +101,6 @@ typedef unsigned long long uint64_t;
 #if defined(FLASHCORE_PREFIX)
 #define FLASHCORE_JOIN2(a, b)         a##b
 #define FLASHCORE_JOIN(a, b)          FLASHCORE_JOIN2(a, b)
-#define flashcore_init                FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_init)
 #define flashcore_supported           FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_supported)
 #define flashcore_workspace_size      FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_workspace_size)
 #define flashcore_forward             FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_forward)
@@ -268,8 +281,11 @@ typedef struct flashcore_merge_args {
 /* Every function: any thread, any stream; no allocation, no host synchronisation, no output to a terminal, no exception.
  * `error` may be NULL. A refused call launches nothing, writes nothing but *error and leaves CUDA's error state alone. */
 
-/* Defaults in every field. */
-FLASHCORE_API void flashcore_init(flashcore_attention *a);
+/* Defaults in every field, and the caller's size of the struct, by which the library knows a caller of another version. */
+static inline void flashcore_init(flashcore_attention *a) {
+  memset(a, 0, sizeof *a);
+  a->struct_size = sizeof *a;
+}
 
 /* The status that flashcore_forward would return on that device for everything the host can see. device: a CUDA ordinal; -1: the current one. */
 FLASHCORE_API flashcore_status flashcore_supported(const flashcore_attention *a, int device, flashcore_error *error);
@@ -328,6 +344,28 @@ FLASHCORE_INLINE flashcore_tensor flashcore_bhsd(const void *data, int64_t seq, 
 #define FLASHCORE_LOG2E     1.4426950408889634
 #define FLASHCORE_LN2       0.6931471805599453
 
+FLASHCORE_INLINE int flashcore_is_fp8(int32_t dtype) { return dtype == FLASHCORE_E4M3 || dtype == FLASHCORE_E5M2; }
+FLASHCORE_INLINE int32_t flashcore_kv_dtype(const flashcore_attention *a) { return a->dtype_kv ? a->dtype_kv : a->dtype; }
+FLASHCORE_INLINE int32_t flashcore_bias_dtype(const flashcore_attention *a) { return a->bias_dtype ? a->bias_dtype : a->dtype; }
+FLASHCORE_INLINE int32_t flashcore_o_dtype(const flashcore_attention *a) {
+  return a->dtype_o ? a->dtype_o : flashcore_is_fp8(a->dtype) ? (int32_t)FLASHCORE_BF16 : a->dtype;
+}
+
+FLASHCORE_INLINE int32_t flashcore_window_side(const flashcore_attention *a, int32_t side) {
+  return !a->window || side < 0 || side > FLASHCORE_UNBOUNDED ? FLASHCORE_UNBOUNDED : side;
+}
+
+/* A valid descriptor with its defaults written out: kernels and the reference see no other. Call it before you launch a kernel of your own. */
+FLASHCORE_INLINE void flashcore_resolve(const flashcore_attention *in, flashcore_attention *out) {
+  *out = *in;
+  out->dtype_kv = flashcore_kv_dtype(in);
+  out->dtype_o = flashcore_o_dtype(in);
+  out->bias_dtype = flashcore_bias_dtype(in);
+  if (in->scale == 0.f) out->scale = (float)(1.0 / sqrt((double)in->dim_qk));
+  out->window_left = flashcore_window_side(in, in->window_left);
+  out->window_right = flashcore_window_side(in, in->window_right);
+}
+
 /* One batch entry: its lengths and where its rows start, in elements from the tensor's base (heads not included). */
 typedef struct flashcore_sequence {
   int32_t len_q, len_kv;
@@ -341,10 +379,10 @@ FLASHCORE_INLINE flashcore_sequence flashcore_sequence_at(const flashcore_attent
   flashcore_sequence s;
   s.len_q = a->seq_q;
   s.len_kv = a->seq_kv;
-  s.q = b * a->q.stride_b;
-  s.o = b * a->o.stride_b;
-  s.k = a->page_table ? 0 : b * a->k.stride_b;
-  s.v = a->page_table ? 0 : b * a->v.stride_b;
+  s.q = a->cu_seqlens_q ? 0 : b * a->q.stride_b;
+  s.o = a->cu_seqlens_q ? 0 : b * a->o.stride_b;
+  s.k = a->cu_seqlens_kv || a->page_table ? 0 : b * a->k.stride_b;
+  s.v = a->cu_seqlens_kv || a->page_table ? 0 : b * a->v.stride_b;
   if (a->cu_seqlens_q) {
     int64_t row = a->cu_seqlens_q[b], end = a->cu_seqlens_q[b + 1];
     row = row < 0 ? 0 : row > a->total_q ? a->total_q : row;
@@ -385,12 +423,20 @@ FLASHCORE_INLINE flashcore_range flashcore_visible_keys(const flashcore_attentio
   return r;
 }
 
-/* Element offset of key j of a sequence from the base of K (or V: pass its tensor and row-0 offset), without the head; -1: the page is not there. */
+/* Element offset of key j of a sequence from the base of K (or V: pass its tensor and row-0 offset), without the head; FLASHCORE_NO_KEY: its page is
+ * not there. */
+#define FLASHCORE_NO_KEY (-0x7fffffffffffffff - 1)
 FLASHCORE_INLINE int64_t flashcore_key_offset(const flashcore_attention *a, const flashcore_tensor *t, int64_t row0, int32_t b, int32_t j) {
   if (!a->page_table) return row0 + j * t->stride_s;
   const int32_t page = a->page_table[b * a->page_table_stride_b + j / a->page_size];
-  if (page < 0 || page >= a->num_pages) return -1;
+  if (page < 0 || page >= a->num_pages) return FLASHCORE_NO_KEY;
   return page * t->stride_b + (j % a->page_size) * t->stride_s;
+}
+
+/* scale * log2(e), a normal number: a subnormal may be flushed to 0, and 0 * -inf would make a masked key NaN. */
+FLASHCORE_INLINE float flashcore_scale_log2(float scale) {
+  const double x = (double)scale * FLASHCORE_LOG2E;
+  return x < 1.1754944e-38 ? 1.1754944e-38f : x > 3.402823466e+38 ? 3.402823466e+38f : (float)x;
 }
 
 FLASHCORE_INLINE int flashcore_dtype_bytes(int32_t dtype) {
@@ -510,7 +556,7 @@ struct divisor {
 #if defined(__CUDA_ARCH__)
     return (int32_t)((__umulhi((uint32_t)n, magic) + (uint32_t)n) >> shift);
 #else
-    return (int32_t)((uint32_t)(((uint64_t)(uint32_t)n * magic) >> 32) + (uint32_t)n) >> shift;
+    return (int32_t)(((uint32_t)(((uint64_t)(uint32_t)n * magic) >> 32) + (uint32_t)n) >> shift);
 #endif
   }
 };
@@ -642,6 +688,20 @@ FLASHCORE_INLINE float softmax_reciprocal(float x) {
 #endif
 }
 
+/* A rule's logit in log2 units. What is finite stays so: a bias of the lowest finite float masks without hiding, as it does in fp64. */
+FLASHCORE_INLINE float softmax_log2_units(float x) {
+  const float y = x * (float)FLASHCORE_LOG2E;
+  return y == -INFINITY && x > y ? FLASHCORE_EMPTY_MAX : y;
+}
+
+/* A reference and a term for logits x that become log2 units by `unit`. The product is exact in the term but rounded in the reference, whose last
+ * bit weighs 2^k when the logit is huge: rounded down, the row's largest term is at least 1; capped at 2^kCap, it cannot overflow. */
+FLASHCORE_DEVICE float softmax_reference(float x, float unit) { return __fmul_rd(x, unit); }
+template <int kCap> FLASHCORE_DEVICE float softmax_term(float x, float unit, float m) {
+  const float y = fmaf(x, unit, -m);
+  return ex2(y > (float)kCap ? (float)kCap : y); /* NaN stays */
+}
+
 /* Raise the reference to at least `x`; returns the factor that O must be multiplied with. */
 FLASHCORE_INLINE float softmax_raise(softmax_state &s, float x) {
   const float m = fmaxf(s.m, x), factor = softmax_exp2(s.m - m);
@@ -767,7 +827,7 @@ FLASHCORE_DEVICE const T *simt_key_row(const flashcore_attention &a, const flash
                                        int32_t last) {
   if (j >= last) return nullptr;
   const int64_t offset = flashcore_key_offset(&a, &t, row0, w.batch, j);
-  if (a.page_table && offset == -1) return nullptr;
+  if (offset == FLASHCORE_NO_KEY) return nullptr;
   return static_cast<const T *>(t.data) + offset + w.kv_head * t.stride_h;
 }
 
@@ -798,18 +858,21 @@ template <typename T> FLASHCORE_DEVICE void simt_stage(simt_memory<T> &sm, const
 FLASHCORE_DEVICE void simt_gemm_qk(float (&s)[simt_tile::kWarpRows], const float (&stage)[simt_tile::kBlockKv][simt_tile::kLd], const float *q,
                                    int stride_q, int dims) {
   const float *k_row = stage[threadIdx.x % 32];
+  float part[simt_tile::kWarpRows] = {}; /* of this chunk: sums of few terms lose fewer bits */
 #pragma unroll 4
   for (int d = 0; d < dims; d += 4) {
     const float4 k = *reinterpret_cast<const float4 *>(k_row + d);
 #pragma unroll
     for (int r = 0; r < simt_tile::kWarpRows; ++r) {
       const float4 x = *reinterpret_cast<const float4 *>(q + r * stride_q + d);
-      s[r] += x.x * k.x;
-      s[r] += x.y * k.y;
-      s[r] += x.z * k.z;
-      s[r] += x.w * k.w;
+      part[r] += x.x * k.x;
+      part[r] += x.y * k.y;
+      part[r] += x.z * k.z;
+      part[r] += x.w * k.w;
     }
   }
+#pragma unroll
+  for (int r = 0; r < simt_tile::kWarpRows; ++r) s[r] += part[r];
 }
 
 /* o += P V over the staged chunk; the lane's two dims, the warp's rows. */
@@ -836,11 +899,11 @@ FLASHCORE_DEVICE void simt_gemm_pv(float2 (&o)[simt_tile::kWarpRows], const floa
 template <typename Rule>
 FLASHCORE_DEVICE float simt_softmax(softmax_state &state, float s, const flashcore_attention &a, const Rule &rule, const score_position &at,
                                     bool visible, float &factor) {
-  const float unit = Rule::kActive ? (float)FLASHCORE_LOG2E : a.scale * (float)FLASHCORE_LOG2E; /* of s, in log2 units */
+  const float unit = Rule::kActive ? 1.f : flashcore_scale_log2(a.scale); /* of s, in log2 units */
   if (!visible) s = -INFINITY;
-  else if (Rule::kActive) s = rule(a, s * a.scale, at);
-  factor = softmax_raise(state, warp_max(s) * unit);
-  const float p = ex2(fmaf(s, unit, -state.m)); /* fused: the product is not rounded, which huge logits would feel */
+  else if (Rule::kActive) s = softmax_log2_units(rule(a, s * a.scale, at));
+  factor = softmax_raise(state, softmax_reference(warp_max(s), unit));
+  const float p = softmax_term<60>(s, unit, state.m);
   state.l += p;
   return p;
 }
@@ -848,7 +911,7 @@ FLASHCORE_DEVICE float simt_softmax(softmax_state &state, float s, const flashco
 /* Where the parts of split keys lie in the workspace: O, then at the next multiple of 256 bytes the LSE. */
 FLASHCORE_INLINE int64_t split_rows(const flashcore_attention &a) { return (int64_t)a.batch * a.heads_q * a.seq_q; }
 FLASHCORE_INLINE int64_t split_lse_bytes(const flashcore_attention &a, int splits) {
-  return splits * split_rows(a) * a.dim_v * 4 + 255 & ~(int64_t)255;
+  return (splits * split_rows(a) * a.dim_v * 4 + 255) & ~(int64_t)255;
 }
 
 /* Divide by the row's sum and store O and LSE: the results, or with split keys a part, which knows no sink.   callers  a warp, converged */
@@ -1042,18 +1105,25 @@ flashcore_refuse(flashcore_error *error, flashcore_status status, const char *fi
 }
 
 #if defined(__CUDACC__)
-/* Whether this file was compiled for some arch that is at least `min_arch` and that `device_arch` (both 10 * major + minor) can run: the same
- * major (machine code) or an older one (PTX, compiled when loaded). */
+/* Whether this file holds code for `device_arch` that was made for at least `min_arch` (both 10 * major + minor): machine code of the same major, or,
+ * where FLASHCORE_HAS_PTX says that PTX is embedded, code for any older arch. Then the driver may take the oldest, so it must be new enough too. */
 static inline bool flashcore_arch_compiled(int device_arch, int min_arch) {
 #if defined(__CUDA_ARCH_LIST__)
-  const int compiled[] = {__CUDA_ARCH_LIST__}; /* 100 * major + 10 * minor */
+  const int compiled[] = {__CUDA_ARCH_LIST__}; /* 100 * major + 10 * minor, ascending */
   for (const int arch : compiled)
-    if (arch / 10 >= min_arch && arch / 10 <= device_arch) return true;
+    if (arch / 10 >= min_arch && arch / 10 <= device_arch && arch / 100 == device_arch / 10) return true;
+#if defined(FLASHCORE_HAS_PTX)
+  return compiled[0] / 10 >= min_arch && compiled[0] / 10 <= device_arch;
+#else
   return false;
+#endif
 #else
   return device_arch >= min_arch;
 #endif
 }
+
+/* Does the descriptor ask for more than ranges of keys? */
+static inline bool flashcore_has_rule(const flashcore_attention *a) { return a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits; }
 
 static inline flashcore_status flashcore_cuda_refuse(flashcore_error *error, const char *call, cudaError_t code) {
   return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, call, code, cudaSuccess, "%s: %s", call, cudaGetErrorString(code));
@@ -1061,7 +1131,7 @@ static inline flashcore_status flashcore_cuda_refuse(flashcore_error *error, con
 
 /* Let a kernel use as much dynamic shared memory as its plan asks for. Per device; cheap when it is set already. */
 static inline cudaError_t flashcore_allow_shared(const flashcore_plan *plan) {
-  if (plan->d.shared_bytes <= 48 * 1024) return cudaSuccess;
+  if (plan->d.shared_bytes <= 40 * 1024) return cudaSuccess; /* 48 KiB need no leave, a kernel's static part included */
   return cudaFuncSetAttribute(plan->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan->d.shared_bytes);
 }
 
@@ -1088,7 +1158,7 @@ template <typename T> static const void *flashcore_simt_instance(bool rule) {
 
 /* The kernel for the descriptor's element type and options; NULL, and the option in *macro, where it was left out. */
 static const void *flashcore_simt_select(const flashcore_attention *a, const char **macro) {
-  const bool rule = a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits;
+  const bool rule = flashcore_has_rule(a);
   const void *kernel = nullptr;
   *macro = a->dtype == FLASHCORE_F32 ? "FLASHCORE_NO_F32" : a->dtype == FLASHCORE_F16 ? "FLASHCORE_NO_F16" : "FLASHCORE_NO_BF16";
 #if !defined(FLASHCORE_NO_F32)
@@ -1321,13 +1391,6 @@ static flashcore_status flashcore_check_scale(const char *field, float x, flashc
   return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, field, x < 0.f ? -1 : 0, 0, "%s is %g: must be finite and at least 0", field, (double)x);
 }
 
-static int flashcore_is_fp8(int32_t dtype) { return dtype == FLASHCORE_E4M3 || dtype == FLASHCORE_E5M2; }
-static int32_t flashcore_kv_dtype(const flashcore_attention *a) { return a->dtype_kv ? a->dtype_kv : a->dtype; }
-static int32_t flashcore_bias_dtype(const flashcore_attention *a) { return a->bias_dtype ? a->bias_dtype : a->dtype; }
-static int32_t flashcore_o_dtype(const flashcore_attention *a) {
-  return a->dtype_o ? a->dtype_o : flashcore_is_fp8(a->dtype) ? (int32_t)FLASHCORE_BF16 : a->dtype;
-}
-
 static flashcore_status flashcore_validate_dtypes(const flashcore_attention *a, flashcore_error *error) {
   const flashcore_limit limits[] = {
       {FLASHCORE_INVALID_DTYPE, "dtype", a->dtype, FLASHCORE_F32, FLASHCORE_E5M2},
@@ -1521,26 +1584,6 @@ static flashcore_status flashcore_validate(const flashcore_attention *a, flashco
 
 /* Small public functions --------------------------------------------------------------------------------------------------------- */
 
-static int32_t flashcore_window_side(const flashcore_attention *a, int32_t side) {
-  return !a->window || side < 0 || side > FLASHCORE_UNBOUNDED ? FLASHCORE_UNBOUNDED : side;
-}
-
-/* A validated descriptor with its defaults written out; kernels and the reference see no other. */
-static void flashcore_resolve(const flashcore_attention *in, flashcore_attention *out) {
-  *out = *in;
-  out->dtype_kv = flashcore_kv_dtype(in);
-  out->dtype_o = flashcore_o_dtype(in);
-  out->bias_dtype = flashcore_bias_dtype(in);
-  if (in->scale == 0.f) out->scale = (float)(1.0 / sqrt((double)in->dim_qk));
-  out->window_left = flashcore_window_side(in, in->window_left);
-  out->window_right = flashcore_window_side(in, in->window_right);
-}
-
-FLASHCORE_API void flashcore_init(flashcore_attention *a) {
-  memset(a, 0, sizeof *a);
-  a->struct_size = sizeof *a;
-}
-
 FLASHCORE_API int flashcore_version(void) { return FLASHCORE_VERSION; }
 
 FLASHCORE_API const char *flashcore_status_string(flashcore_status status) {
@@ -1675,7 +1718,7 @@ static double flashcore_descale_at(const flashcore_descale *d, int32_t b, int32_
 /* Where key j's row of t starts, in elements; 0 and no offset when its page is not there. */
 static int flashcore_reference_key(const flashcore_row *r, const flashcore_tensor *t, int64_t row0, int32_t j, int64_t *offset) {
   const int64_t key = flashcore_key_offset(r->a, t, row0, r->b, j);
-  if (r->a->page_table && key == -1) return 0;
+  if (key == FLASHCORE_NO_KEY) return 0;
   *offset = key + r->h_kv * t->stride_h;
   return 1;
 }
@@ -1768,13 +1811,6 @@ FLASHCORE_API void flashcore_register_backend(flashcore_backend_ops *ops) {
 
 #if defined(__CUDACC__)
 
-static flashcore_backend_ops *flashcore_find_backend(int32_t backend) {
-  if (backend == FLASHCORE_BACKEND_SIMT) return &flashcore_simt_ops;
-  for (flashcore_backend_ops *ops = flashcore_backends; ops; ops = ops->next)
-    if (ops->backend == backend) return ops;
-  return nullptr;
-}
-
 /* WHY: the ordinal is compared with the count first, since asking CUDA about a device that is not there sets CUDA's error state. */
 static flashcore_status flashcore_query_device(int ordinal, flashcore_device *device, flashcore_error *error) {
   int count = 0;
@@ -1806,6 +1842,23 @@ static flashcore_status flashcore_query_device(int ordinal, flashcore_device *de
   return FLASHCORE_OK;
 }
 
+/* The plan of one backend. Several files may hold it, each with other element types (FLASHCORE_NO_...): the first that holds this one answers. */
+static flashcore_status flashcore_plan_backend(const flashcore_attention *a, int32_t backend, const flashcore_device *device, flashcore_plan *plan,
+                                               const flashcore_backend_ops **ops, flashcore_error *error) {
+  bool found = false;
+  for (const flashcore_backend_ops *next = backend == FLASHCORE_BACKEND_SIMT ? &flashcore_simt_ops : flashcore_backends; next; next = next->next) {
+    if (next->backend != backend) continue;
+    found = true;
+    *ops = next;
+    memset(plan, 0, sizeof *plan);
+    const flashcore_status status = next->plan(a, device, plan, error);
+    if (status != FLASHCORE_BACKEND_NOT_COMPILED) return status;
+  }
+  if (found) return FLASHCORE_BACKEND_NOT_COMPILED; /* in the words of the last */
+  return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "backend", backend, 0,
+                          "backend is %s: its header was not compiled into this program", flashcore_backend_string((flashcore_backend)backend));
+}
+
 /* The backend and its plan: the forced one, or the first of the order below that serves the problem; SIMT's refusal speaks for all. */
 static flashcore_status flashcore_choose(const flashcore_attention *a, int ordinal, flashcore_attention *resolved, flashcore_plan *plan,
                                          const flashcore_backend_ops **ops, flashcore_error *error) {
@@ -1815,20 +1868,10 @@ static flashcore_status flashcore_choose(const flashcore_attention *a, int ordin
   FLASHCORE_TRY(flashcore_validate(a, error));
   FLASHCORE_TRY(flashcore_query_device(ordinal, &device, error));
   flashcore_resolve(a, resolved);
-  if (a->backend == FLASHCORE_BACKEND_AUTO) {
-    for (const int32_t backend : order) {
-      memset(plan, 0, sizeof *plan);
-      *ops = flashcore_find_backend(backend);
-      if (*ops && (*ops)->plan(resolved, &device, plan, nullptr) == FLASHCORE_OK) return FLASHCORE_OK;
-    }
-  }
-  const int32_t backend = a->backend == FLASHCORE_BACKEND_AUTO ? (int32_t)FLASHCORE_BACKEND_SIMT : a->backend;
-  *ops = flashcore_find_backend(backend);
-  if (!*ops)
-    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "backend", backend, 0,
-                            "backend is %s: its header was not compiled into this program", flashcore_backend_string((flashcore_backend)backend));
-  memset(plan, 0, sizeof *plan);
-  return (*ops)->plan(resolved, &device, plan, error);
+  if (a->backend != FLASHCORE_BACKEND_AUTO) return flashcore_plan_backend(resolved, a->backend, &device, plan, ops, error);
+  for (const int32_t backend : order)
+    if (flashcore_plan_backend(resolved, backend, &device, plan, ops, nullptr) == FLASHCORE_OK) return FLASHCORE_OK;
+  return flashcore_plan_backend(resolved, FLASHCORE_BACKEND_SIMT, &device, plan, ops, error);
 }
 
 static flashcore_status flashcore_check_workspace(const flashcore_attention *a, size_t bytes, flashcore_error *error) {

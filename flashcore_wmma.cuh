@@ -221,8 +221,7 @@ template <typename Traits, typename Rule> struct wmma_warp {
     strips = shared + warp * Traits::kBytesWarp;
     row = lane / 2;
     half = lane % 2;
-    /* WHY: a subnormal scale may be flushed to 0, and 0 * -inf would make a masked key NaN. */
-    unit = Rule::kActive ? (float)FLASHCORE_LOG2E : fmaxf(a.scale * (float)FLASHCORE_LOG2E, 1.1754944e-38f);
+    unit = Rule::kActive ? 1.f : flashcore_scale_log2(a.scale);
     if (threadIdx.x % 32 == 0) *view() = wmma_view_of<Traits>(a, problem, first_row(problem));
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -307,7 +306,7 @@ template <typename Traits, typename Rule> struct wmma_warp {
 #pragma unroll
       for (int c = 0; c < 4; ++c, ++at.key) {
         const bool hidden = at.key < visible.first || at.key >= visible.last;
-        x[c] = hidden ? -INFINITY : Rule::kActive ? rule(a, x[c] * a.scale, at) : x[c];
+        x[c] = hidden ? -INFINITY : Rule::kActive ? softmax_log2_units(rule(a, x[c] * a.scale, at)) : x[c];
       }
       s[2 * i] = *reinterpret_cast<const float4 *>(x);
     }
@@ -326,12 +325,12 @@ template <typename Traits, typename Rule> struct wmma_warp {
     float top = -INFINITY;
 #pragma unroll
     for (int i = 0; i < Traits::kValues; ++i) top = fmaxf(top, x[i]);
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1)) * unit;
+    top = softmax_reference(fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1)), unit);
     const float factor = softmax_raise(state[r], top > state[r].m + kSlack ? top : state[r].m);
     float sum[2] = {};
 #pragma unroll
     for (int i = 0; i < Traits::kValues; i += 2) {
-      const float p0 = ex2(fmaf(x[i], unit, -state[r].m)), p1 = ex2(fmaf(x[i + 1], unit, -state[r].m));
+      const float p0 = softmax_term<15>(x[i], unit, state[r].m), p1 = softmax_term<15>(x[i + 1], unit, state[r].m);
       sum[i / 2 % 2] += p0 + p1;
       p[i / 2] = wmma_pack(T(), p0, p1);
     }
@@ -543,8 +542,6 @@ static flashcore_status flashcore_wmma_check_shape(const flashcore_attention *a,
   return FLASHCORE_OK;
 }
 
-static bool flashcore_wmma_has_rule(const flashcore_attention *a) { return a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits; }
-
 template <typename T, int kHeadDim> static void flashcore_wmma_instance(bool rule, int stages, flashcore_plan *plan) {
   using traits = flashcore::wmma_traits<T, kHeadDim>;
   plan->kernel = rule ? reinterpret_cast<const void *>(&flashcore::wmma_kernel<traits, flashcore::descriptor_rule>)
@@ -570,7 +567,7 @@ static flashcore_status flashcore_wmma_plan(const flashcore_attention *a, const 
   if (status != FLASHCORE_OK) return status;
   *plan = flashcore_plan();
   const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v, stages = device->arch >= 80 ? 2 : 1;
-  const bool rule = flashcore_wmma_has_rule(a);
+  const bool rule = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_F16)
   if (a->dtype == FLASHCORE_F16) flashcore_wmma_select<__half>(dim, rule, stages, plan);
 #endif
@@ -712,18 +709,18 @@ struct mma_tile {
   static constexpr int kBytesIn = kOffsetKv + kBytesKv > kBytesQ ? kOffsetKv + kBytesKv : kBytesQ;
   static constexpr int kSharedBytes = kBytesIn > kBytesO ? kBytesIn : kBytesO;
   /* A warp may stage its O over its own rows of Q, unless others still read what lies there. */
-  static constexpr bool kOwnRowsForO = kOffsetKv >= kBytesO && (kQ != kQShared || (kRowBytesV == kRowBytesQk && kColumnWarps == 1));
+  static constexpr bool kOwnRowsForO = kOffsetKv >= kBytesO && kRowBytesV == kRowBytesQk && kColumnWarps == 1;
 
   static_assert(sizeof(T) == 2, "16-bit elements");
   static_assert(kHeadDimQk % 16 == 0 && kColumns % 16 == 0, "an mma step is 16 wide");
   static_assert(kBlockKv % kStep == 0 && kStep % 16 == 0, "softmax steps tile the stage");
   static_assert(kStages >= 2, "one stage is filled while another is read");
-  static_assert(kSharedBytes <= 99 * 1024, "fits every GPU from sm_80 on, the L4 among them");
+  static_assert(kSharedBytes + kThreads / 32 * 128 <= 99 * 1024, "with mma_kernel's static part, fits every GPU from sm_80 on, the L4 among them");
 };
 
-/* The tiles in use. wide: throughput. compact: throughput where an SM has 100 KiB of shared memory (sm_86, sm_89, sm_120). narrow: short causal
- * sequences (less of a tile lies beyond the diagonal), grids that do not fill the chip, and every general kernel (score rules, any alignment). */
-enum mma_shape { kWide, kCompact, kNarrow };
+/* The tiles in use. wide: throughput. compact: throughput where an SM has 100 KiB of shared memory (sm_86, sm_89, sm_120). narrow: grids that do not
+ * fill the chip with wide tiles, and every general kernel (score rules, any alignment). short: grids of at most one narrow block per SM. */
+enum mma_shape { kWide, kCompact, kNarrow, kShort };
 
 template <typename T, int kHeadDimQk, int kHeadDimV, mma_shape kShape> struct mma_tile_for;
 #define FLASHCORE_MMA_TILE(qk, v, shape, ...)                                                                                                        \
@@ -734,17 +731,19 @@ FLASHCORE_MMA_TILE(32, 32, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(32, 32, kNarrow, 1, 4, 1, 64, 64, 2, kQRegisters, 4);
 FLASHCORE_MMA_TILE(64, 64, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(64, 64, kCompact, 2, 4, 1, 64, 64, 2, kQRegisters, 2); /* 48 KiB: two blocks fit 100 KiB */
-FLASHCORE_MMA_TILE(64, 64, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
+FLASHCORE_MMA_TILE(64, 64, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 4);
+FLASHCORE_MMA_TILE(64, 64, kShort, 1, 4, 1, 128, 64, 2, kQRegisters, 2); /* alone on its SM: fewer barriers */
 FLASHCORE_MMA_TILE(80, 80, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
 FLASHCORE_MMA_TILE(80, 80, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
 FLASHCORE_MMA_TILE(96, 96, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
 FLASHCORE_MMA_TILE(96, 96, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
-FLASHCORE_MMA_TILE(128, 128, kWide, 2, 4, 1, 64, 64, 2, kQShared, 2); /* Q and S do not fit the registers beside 128 columns of O */
-FLASHCORE_MMA_TILE(128, 128, kNarrow, 1, 4, 1, 32, 32, 2, kQRegistersReuse, 3);
+FLASHCORE_MMA_TILE(128, 128, kWide, 2, 4, 1, 64, 64, 2, kQShared, 2);            /* Q and S do not fit the registers beside 128 columns of O */
+FLASHCORE_MMA_TILE(128, 128, kCompact, 2, 4, 1, 32, 16, 2, kQRegistersReuse, 2); /* 32 KiB */
+FLASHCORE_MMA_TILE(128, 128, kNarrow, 1, 4, 1, 64, 32, 2, kQRegistersReuse, 2);
 FLASHCORE_MMA_TILE(192, 128, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(192, 192, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
-FLASHCORE_MMA_TILE(256, 256, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
-FLASHCORE_MMA_TILE(256, 256, kCompact, 1, 8, 1, 32, 32, 2, kQRegistersReuse, 1); /* 64 KiB: eight warps in the one block that fits 100 KiB */
+FLASHCORE_MMA_TILE(256, 256, kWide, 1, 4, 1, 32, 16, 2, kQRegisters, 2);
+FLASHCORE_MMA_TILE(256, 256, kCompact, 1, 8, 1, 32, 16, 2, kQRegistersReuse, 1); /* 64 KiB: eight warps in the one block that fits 100 KiB */
 FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16 rows fills two warps' registers: each computes S, and half of O */
 
 /* ================================================================================================================================
@@ -818,13 +817,15 @@ template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
 
 /* How the plan spreads the work; passed beside the descriptor. */
 struct mma_schedule {
-  divisor tiles; /* query tiles per head (of the longest sequence) */
-  divisor pack;  /* query heads packed into a tile's rows: row r is query r / pack of head r % pack; 1 or the group size */
-  divisor heads; /* heads_q / pack: units of work per batch entry */
-  divisor units; /* heads * batch */
-  divisor group; /* heads_q / heads_kv */
-  int32_t order; /* mma_order */
-  int32_t align; /* bytes that all K, V, Q and O addresses are a multiple of: 16, 8, 4 or 2 */
+  divisor tiles;    /* query tiles per head (of the longest sequence) */
+  divisor pack;     /* query heads packed into a tile's rows: row r is query r / pack of head r % pack; 1 or the group size */
+  divisor heads;    /* heads_q / pack: units of work per batch entry */
+  divisor units;    /* heads * batch */
+  divisor group;    /* heads_q / heads_kv */
+  float scale_log2; /* of the products, in log2 units; 1 in general kernels, whose rule scales */
+  int32_t order;    /* mma_order */
+  int32_t masked;   /* causal or a window: rows see different keys */
+  int32_t align;    /* bytes that all K, V, Q and O addresses are a multiple of: 16, 8, 4 or 2 */
 };
 enum mma_order {
   kTileFastest, /* a head's tiles one after another: they share K and V in L2 */
@@ -832,9 +833,32 @@ enum mma_order {
   kZigZag,      /* down through the tiles, then up: for grids of about two blocks per SM, so that a heavy and a light one meet */
 };
 
+/* The schedule of a problem (resolved), and its grid: one-dimensional, kThreads threads, kSharedBytes of dynamic shared memory.
+ *   general  the kernel has a rule, which scales the logits itself
+ *   pack     1, or heads_q / heads_kv
+ *   order    mma_order; kTileFastest is right for everything, the others pay for causal problems
+ *   align    what every row address of Q, K, V and O is a multiple of, in bytes; below 16 only for kernels with a rule */
+FLASHCORE_INLINE mma_schedule make_mma_schedule(const flashcore_attention &a, int32_t block_q, bool general, int32_t pack, int32_t order,
+                                                int32_t align, int64_t &grid) {
+  const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack;
+  grid = (int64_t)tiles * heads * a.batch;
+  mma_schedule s;
+  s.tiles = make_divisor(tiles);
+  s.pack = make_divisor(pack);
+  s.heads = make_divisor(heads);
+  s.units = make_divisor(heads * a.batch);
+  s.group = make_divisor(a.heads_q / a.heads_kv);
+  s.scale_log2 = general ? 1.f : flashcore_scale_log2(a.scale);
+  s.order = order;
+  s.masked = a.causal || a.window_left < FLASHCORE_UNBOUNDED || a.window_right < FLASHCORE_UNBOUNDED;
+  s.align = align;
+  return s;
+}
+
 struct mma_work {
   int32_t batch, head, row0, rows; /* head: first query head; rows: of this unit in all, row0: the tile's first */
-  int32_t first_key, last_key;     /* keys that some row of the tile sees */
+  int32_t tile_begin, tile_end;    /* K/V stages of which some row of the tile sees a key */
+  int32_t inner_begin, inner_end;  /* stages that every row of this warp sees in full */
   int32_t warp_first, warp_last;   /* keys that some row of this warp sees */
   int32_t full_first, full_last;   /* keys that every row of this warp sees */
   int32_t full_keys;               /* tiles below it load without a look at rows and dims */
@@ -857,17 +881,30 @@ template <typename Tile> FLASHCORE_DEVICE bool mma_find_work(const flashcore_att
   w.batch = plan.heads.quotient(unit);
   w.head = (unit - w.batch * plan.heads.d) * plan.pack.d;
   w.seq = flashcore_sequence_at(&a, w.batch);
+  w.rows = w.seq.len_q * plan.pack.d;
+  w.row0 = tile * Tile::kBlockQ;
+  return w.row0 < w.rows;
+}
+
+/* Which keys the tile's rows see, and where they lie. */
+template <typename Tile> FLASHCORE_DEVICE void mma_find_keys(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, int warp_row0) {
   const int32_t kv_head = plan.group.quotient(w.head);
   w.k = static_cast<const char *>(a.k.data) + 2 * (w.seq.k + kv_head * a.k.stride_h);
   w.v = static_cast<const char *>(a.v.data) + 2 * (w.seq.v + kv_head * a.v.stride_h);
   w.full_keys = a.dim_qk == Tile::kHeadDimQk && a.dim_v == Tile::kHeadDimV ? w.seq.len_kv : 0;
-  w.rows = w.seq.len_q * plan.pack.d;
-  w.row0 = tile * Tile::kBlockQ;
-  if (w.row0 >= w.rows) return false;
-  const int last_row = min(w.row0 + Tile::kBlockQ, w.rows) - 1;
-  w.first_key = flashcore_visible_keys(&a, plan.pack.quotient(w.row0), w.seq.len_q, w.seq.len_kv).first;
-  w.last_key = flashcore_visible_keys(&a, plan.pack.quotient(last_row), w.seq.len_q, w.seq.len_kv).last;
-  return true;
+  flashcore_range block_top = {0, w.seq.len_kv}, block_bottom = block_top, top = block_top, bottom = block_top;
+  if (plan.masked) { /* ranges never fall from row to row: first and last rows bound them */
+    const auto visible = [&](int row) { return flashcore_visible_keys(&a, plan.pack.quotient(min(row, w.rows - 1)), w.seq.len_q, w.seq.len_kv); };
+    block_top = visible(w.row0);
+    block_bottom = visible(w.row0 + Tile::kBlockQ - 1);
+    top = visible(w.row0 + warp_row0);
+    bottom = visible(w.row0 + warp_row0 + Tile::kWarpRows - 1);
+  }
+  w.tile_begin = block_top.first / Tile::kBlockKv;
+  w.tile_end = (block_bottom.last + Tile::kBlockKv - 1) / Tile::kBlockKv;
+  w.warp_first = top.first, w.warp_last = bottom.last, w.full_first = bottom.first, w.full_last = top.last;
+  w.inner_begin = (w.full_first + Tile::kBlockKv - 1) / Tile::kBlockKv;
+  w.inner_end = w.full_last / Tile::kBlockKv;
 }
 
 /* ================================================================================================================================
@@ -882,37 +919,30 @@ template <typename Tile> struct mma_warp {
   using tile_qk = swizzled_tile<Tile::kRowBytesQk>;
   using tile_v = swizzled_tile<Tile::kRowBytesV>;
   static constexpr int kRowTiles = Tile::kRowTiles, kStep = Tile::kStep, kSteps = Tile::kBlockKv / kStep;
+  static constexpr int kEdgeStep = kStep < 32 ? kStep : 32; /* finer at edges: less beyond the diagonal, and room for masks in the registers */
   static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesS = kStep / 8, kTilesO = Tile::kColumns / 8;
-  static constexpr int kAddressesQk = tile_qk::kSpan > 1 ? tile_qk::kSpan / 2 : 1, kAddressesV = tile_v::kSpan > 1 ? tile_v::kSpan / 2 : 1;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
-  /* A row's terms may grow to this before the reference moves. f16: a partial sum within its range; bf16 has f32's. */
-  static constexpr float kSumLimit = element<T>::kDtype == FLASHCORE_F16 ? 8192.f : 1e18f;
-  static constexpr float kRise = 8.f; /* log2 units that count as a move when the next step decides whether to look first */
+  /* A lane's part of a row sum may be this large before the reference moves: f16 terms then cannot overflow. */
+  static constexpr float kSumLimit = 8192.f;
+  static constexpr float kRise = 8.f; /* log2 units that count as far: the next step then takes the maximum first */
 
   float o[kRowTiles][kTilesO][4]; /* accumulators, times l */
   float m[kRowTiles][2];          /* reference of rows g, g + 8: log2 units */
   float l[kRowTiles][2];          /* this lane's part of the row sum */
-  float scale_log2;
-  bool rising; /* the reference just moved far (or was never set): the next step takes the maximum first */
+  bool rising;                    /* the reference just moved far, or must move: the next step takes the maximum first */
   uint32_t q[kQHeld ? kRowTiles : 1][kQHeld ? kDepthQk : 1][4];
-  uint32_t q_address[kAddressesQk], k_address[kAddressesQk], v_address[kAddressesV]; /* ldmatrix lane addresses by position within a swizzle span */
-  int32_t row0;                                                                      /* this warp's first row within the block */
+  uint32_t q_address, k_address, v_address; /* this lane's ldmatrix addresses of the first fragment; K, V: within a stage */
 
   static __forceinline__ __device__ int lane() { return threadIdx.x & 31; }
+  static __forceinline__ __device__ int row0() { return threadIdx.x / 32 % Tile::kRowWarps * Tile::kWarpRows; } /* of this warp within the block */
 
   __forceinline__ __device__ void init(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, uint32_t shared) {
     const int warp = warp_uniform((int)threadIdx.x / 32);
-    row0 = warp % Tile::kRowWarps * Tile::kWarpRows;
     const int column0 = warp / Tile::kRowWarps * Tile::kColumns;
-    scale_log2 = a.scale * (float)FLASHCORE_LOG2E;
-    rising = true;
-#pragma unroll
-    for (int i = 0; i < kAddressesQk; ++i) {
-      q_address[i] = shared + tile_qk::offset(row0 + lane() % 16, 2 * i + lane() / 16);
-      k_address[i] = tile_qk::offset(lane() % 8 + lane() / 16 * 8, 2 * i + lane() / 8 % 2);
-    }
-#pragma unroll
-    for (int i = 0; i < kAddressesV; ++i) v_address[i] = tile_v::offset(lane() % 16, 2 * i + lane() / 16) + column0 * 2;
+    rising = false;
+    q_address = shared + tile_qk::offset(row0() + lane() % 16, lane() / 16);
+    k_address = tile_qk::offset(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+    v_address = tile_v::offset(lane() % 16, lane() / 16) + column0 * 2;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       m[i][0] = m[i][1] = FLASHCORE_EMPTY_MAX;
@@ -920,10 +950,7 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
       for (int n = 0; n < kTilesO; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.f;
     }
-    const int top = min(w.row0 + row0, w.rows - 1), bottom = min(w.row0 + row0 + Tile::kWarpRows, w.rows) - 1;
-    const flashcore_range r0 = flashcore_visible_keys(&a, plan.pack.quotient(top), w.seq.len_q, w.seq.len_kv);
-    const flashcore_range r1 = flashcore_visible_keys(&a, plan.pack.quotient(bottom), w.seq.len_q, w.seq.len_kv);
-    w.warp_first = r0.first, w.warp_last = r1.last, w.full_first = r1.first, w.full_last = r0.last;
+    mma_find_keys<Tile>(a, plan, w, row0());
   }
 
   /* ---- loading ---- */
@@ -970,8 +997,13 @@ template <typename Tile> struct mma_warp {
 
   /* ---- the two products ---- */
 
+  /* Address of the fragment 2 i chunks along a row: an exclusive or within a swizzle span (row starts leave its bits 0), a constant beyond. */
+  template <typename SwizzledTile> static __forceinline__ __device__ uint32_t along(uint32_t address, int i) {
+    constexpr int kFragments = SwizzledTile::kSpan > 1 ? SwizzledTile::kSpan / 2 : 1; /* per span */
+    return (address ^ (i % kFragments * 32)) + i / kFragments * (kFragments * 32);
+  }
   __forceinline__ __device__ void q_fragment(uint32_t (&f)[4], int i, int k) const {
-    ldmatrix_x4(f, q_address[k % kAddressesQk] + k / kAddressesQk * (tile_qk::kSpan * 16) + i * 16 * Tile::kRowBytesQk);
+    ldmatrix_x4(f, along<tile_qk>(q_address, k) + i * 16 * Tile::kRowBytesQk);
   }
   __forceinline__ __device__ void hold_q() {
     if constexpr (kQHeld) {
@@ -981,12 +1013,12 @@ template <typename Tile> struct mma_warp {
         for (int k = 0; k < kDepthQk; ++k) q_fragment(q[i][k], i, k);
     }
   }
-  /* s = Q K^T for kStep keys at `k_tile`.   [16 kRowTiles][kStep] f32 */
-  __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTilesS][4], uint32_t k_tile) {
+  /* s = Q K^T for 8 kTiles keys at `k_tile`.   [16 kRowTiles][8 kTiles] f32 */
+  template <int kTiles> __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTiles][4], uint32_t k_tile) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int n = 0; n < kTilesS; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
+      for (int n = 0; n < kTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
 #pragma unroll
     for (int k = 0; k < kDepthQk; ++k) {
       uint32_t fq[kRowTiles][4];
@@ -998,9 +1030,9 @@ template <typename Tile> struct mma_warp {
         } else q_fragment(fq[i], i, k);
       }
 #pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
+      for (int n = 0; n < kTiles / 2; ++n) {
         uint32_t fk[4];
-        ldmatrix_x4(fk, k_tile + k_address[k % kAddressesQk] + k / kAddressesQk * (tile_qk::kSpan * 16) + n * 16 * Tile::kRowBytesQk);
+        ldmatrix_x4(fk, along<tile_qk>(k_tile + k_address, k) + n * 16 * Tile::kRowBytesQk);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           mma_m16n8k16<T>(s[i][2 * n], fq[i], fk[0], fk[1]);
@@ -1009,35 +1041,31 @@ template <typename Tile> struct mma_warp {
       }
     }
   }
-  /* o += P V for kStep keys at `v_tile`; p enters as f32 and is rounded to T on the way.   [16 kRowTiles][kColumns] f32 */
-  __forceinline__ __device__ void gemm_pv(const float (&p)[kRowTiles][kTilesS][4], uint32_t v_tile) {
+  /* o += P V for 8 kTiles keys at `v_tile`.   [16 kRowTiles][kColumns] f32 */
+  template <int kTiles> __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kTiles][2], uint32_t v_tile) {
 #pragma unroll
-    for (int k = 0; k < kStep / 16; ++k) {
-      uint32_t fp[kRowTiles][4];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int x = 0; x < 4; ++x) fp[i][x] = pack2<T>(p[i][2 * k + x / 2][x % 2 * 2], p[i][2 * k + x / 2][x % 2 * 2 + 1]);
+    for (int k = 0; k < kTiles / 2; ++k)
 #pragma unroll
       for (int n = 0; n < kTilesO / 2; ++n) {
         uint32_t fv[4];
-        ldmatrix_x4_trans(fv, v_tile + v_address[n % kAddressesV] + n / kAddressesV * (tile_v::kSpan * 16) + k * 16 * Tile::kRowBytesV);
+        ldmatrix_x4_trans(fv, along<tile_v>(v_tile + v_address, n) + k * 16 * Tile::kRowBytesV);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          mma_m16n8k16<T>(o[i][2 * n], fp[i], fv[0], fv[1]);
-          mma_m16n8k16<T>(o[i][2 * n + 1], fp[i], fv[2], fv[3]);
+          const uint32_t fp[4] = {p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0], p[i][2 * k + 1][1]};
+          mma_m16n8k16<T>(o[i][2 * n], fp, fv[0], fv[1]);
+          mma_m16n8k16<T>(o[i][2 * n + 1], fp, fv[2], fv[3]);
         }
       }
-    }
   }
 
   /* ---- scores to probabilities ---- */
 
   /* Row index within the unit of accumulator half h (rows g, g + 8) of row tile i. */
-  __forceinline__ __device__ int row_of(const mma_work &w, int i, int h) const { return w.row0 + row0 + i * 16 + h * 8 + lane() / 4; }
+  __forceinline__ __device__ int row_of(const mma_work &w, int i, int h) const { return w.row0 + row0() + i * 16 + h * 8 + lane() / 4; }
 
   /* Edge tiles only: -inf where a row does not see a key. `key`: the step's first. */
-  __forceinline__ __device__ void mask(float (&s)[kRowTiles][kTilesS][4], const flashcore_attention &a, const mma_schedule &plan, const mma_work &w,
+  template <int kTiles>
+  __forceinline__ __device__ void mask(float (&s)[kRowTiles][kTiles][4], const flashcore_attention &a, const mma_schedule &plan, const mma_work &w,
                                        int key) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -1047,15 +1075,15 @@ template <typename Tile> struct mma_warp {
         const flashcore_range r = flashcore_visible_keys(&a, query, w.seq.len_q, w.seq.len_kv);
         const int base = key + 2 * (lane() % 4), begin = r.first - base, end = r.last - base;
 #pragma unroll
-        for (int n = 0; n < kTilesS; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int x = 0; x < 2; ++x)
             if (n * 8 + x < begin || n * 8 + x >= end) s[i][n][2 * h + x] = -INFINITY;
       }
   }
   /* The score rule on every element: raw products become logits in log2 units (scale_log2 is 1 from then on). */
-  template <typename Rule>
-  __forceinline__ __device__ void apply_rule(float (&s)[kRowTiles][kTilesS][4], const flashcore_attention &a, const mma_schedule &plan,
+  template <int kTiles, typename Rule>
+  __forceinline__ __device__ void apply_rule(float (&s)[kRowTiles][kTiles][4], const flashcore_attention &a, const mma_schedule &plan,
                                              const mma_work &w, int key, const Rule &rule) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
@@ -1065,26 +1093,27 @@ template <typename Tile> struct mma_warp {
         const int query = plan.pack.quotient(row);
         score_position at = {w.batch, w.head + row - query * plan.pack.d, query, 0, w.seq.len_q, w.seq.len_kv};
 #pragma unroll
-        for (int n = 0; n < kTilesS; ++n)
+        for (int n = 0; n < kTiles; ++n)
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
             at.key = min(key + n * 8 + 2 * (lane() % 4) + x, w.seq.len_kv - 1); /* past the end: masked later, but a rule may read memory */
-            s[i][n][2 * h + x] = rule(a, s[i][n][2 * h + x] * a.scale, at) * (float)FLASHCORE_LOG2E;
+            s[i][n][2 * h + x] = softmax_log2_units(rule(a, s[i][n][2 * h + x] * a.scale, at));
           }
       }
   }
   /* Move every row's reference to its maximum so far; o and l follow. */
-  __forceinline__ __device__ void raise(const float (&s)[kRowTiles][kTilesS][4]) {
-    rising = false;
+  template <int kTiles> __forceinline__ __device__ void raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
+    bool far = false;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float x = s[i][0][2 * h];
 #pragma unroll
-        for (int n = 0; n < kTilesS; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-        const float top = fmaxf(m[i][h], quad_max(x) * scale_log2), factor = ex2(m[i][h] - top);
-        rising |= top > m[i][h] + kRise && m[i][h] > FLASHCORE_EMPTY_MAX;
+        for (int n = 0; n < kTiles; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+        const float old = m[i][h];
+        const float top = fmaxf(old, softmax_reference(quad_max(x), scale_log2)), factor = ex2(old - top);
+        far |= top > old + kRise && old > FLASHCORE_EMPTY_MAX;
         m[i][h] = top;
         l[i][h] *= factor;
 #pragma unroll
@@ -1093,67 +1122,93 @@ template <typename Tile> struct mma_warp {
           o[i][n][2 * h + 1] *= factor;
         }
       }
-    rising = __any_sync(0xffffffffu, rising);
+    rising = __any_sync(0xffffffffu, far);
   }
-  /* s becomes p = exp2(s - m); sum: this lane's part of the rows' sums. */
-  __forceinline__ __device__ void exponentiate(float (&s)[kRowTiles][kTilesS][4], float (&sum)[kRowTiles][2]) {
+  /* p = exp2(s - m) rounded to T; sum: this lane's part of the rows' sums, unrounded.   p[i][n][h]: column tile n, rows g + 8 h */
+  template <bool kCapped, int kTiles>
+  __forceinline__ __device__ void exponentiate(const float (&s)[kRowTiles][kTiles][4], uint32_t (&p)[kRowTiles][kTiles][2],
+                                               float (&sum)[kRowTiles][2], float scale_log2) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
       sum[i][0] = sum[i][1] = 0.f;
 #pragma unroll
-      for (int n = 0; n < kTilesS; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-        for (int x = 0; x < 4; ++x) {
-          s[i][n][x] = ex2(fmaf(s[i][n][x], scale_log2, -m[i][x / 2]));
-          sum[i][x / 2] += s[i][n][x];
+        for (int h = 0; h < 2; ++h) {
+          constexpr float kCap = 15.f; /* see softmax_term; without it, the sums tell */
+          const float x0 = fmaf(s[i][n][2 * h], scale_log2, -m[i][h]), x1 = fmaf(s[i][n][2 * h + 1], scale_log2, -m[i][h]);
+          const float e0 = ex2(kCapped && x0 > kCap ? kCap : x0), e1 = ex2(kCapped && x1 > kCap ? kCap : x1); /* NaN stays */
+          sum[i][h] += e0;
+          sum[i][h] += e1;
+          p[i][n][h] = pack2<T>(e0, e1);
         }
     }
   }
-  /* Do the terms of this step stay small enough for the reference to stay? (NaN counts as large.)   callers  all 32 lanes, converged */
-  static __forceinline__ __device__ bool sums_are_small(const float (&sum)[kRowTiles][2]) {
-    bool small = true;
+  /* Are the terms of this step small enough for the reference to stay? (Never with NaN.)   callers  all 32 lanes, converged */
+  static __forceinline__ __device__ bool reference_fits(const float (&sum)[kRowTiles][2]) {
+    bool fits = true;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) small &= sum[i][0] <= kSumLimit && sum[i][1] <= kSumLimit;
-    return __all_sync(0xffffffffu, small);
+    for (int i = 0; i < kRowTiles; ++i) fits &= sum[i][0] <= kSumLimit && sum[i][1] <= kSumLimit;
+    return __all_sync(0xffffffffu, fits);
   }
+  /* First references: the maxima over 16 keys, as far as rows see them. Equal logits then have terms of exactly 1, and the first step need not run
+   * twice. */
+  __forceinline__ __device__ void seed(uint32_t k_tile, const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, int key) {
+    float s[kRowTiles][2][4];
+    gemm_qk(s, k_tile);
+    if (key + 16 > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float x = fmaxf(fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]), fmaxf(s[i][1][2 * h], s[i][1][2 * h + 1]));
+        m[i][h] = fmaxf(m[i][h], softmax_reference(quad_max(x), plan.scale_log2));
+      }
+  }
+
   /* One K/V stage whose keys every row of the warp sees: s = Q K^T, p = exp2(s - m), o += P V, without a running maximum. The terms are taken
-   * against the old reference; their sums bound them all, and only where one is large does the reference move and the step repeat. The products
-   * of the next step are issued before the exponentials of this one, so that the tensor cores have work meanwhile.
-   *   units    p = exp2(s * scale_log2 - m), at most kSumLimit
+   * against the reference as it stands; their sums bound them all, and a step with a large one is left to edge_tile, with all that follow.
+   * The products of the next step are issued before the exponentials of this one, so that the tensor cores have work meanwhile.
+   *   returns  the keys that were taken, kBlockKv unless the reference must move
    *   callers  all 32 lanes, converged; no barrier */
-  __forceinline__ __device__ void inner_tile(uint32_t k_tile, uint32_t v_tile) {
-    float s[kSteps > 1 ? 2 : 1][kRowTiles][kTilesS][4], sum[kRowTiles][2];
+  __forceinline__ __device__ int inner_tile(uint32_t k_tile, uint32_t v_tile, float scale_log2) {
+    float s[kSteps > 1 ? 2 : 1][kRowTiles][kStep / 8][4], sum[kRowTiles][2];
+    uint32_t p[kRowTiles][kStep / 8][2];
     gemm_qk(s[0], k_tile);
 #pragma unroll
     for (int c = 0; c < kSteps; ++c) {
       if (c + 1 < kSteps) gemm_qk(s[(c + 1) % 2], k_tile + (c + 1) * kStep * Tile::kRowBytesQk);
-      exponentiate(s[c % 2], sum);
-      if (!sums_are_small(sum)) { /* once in a long while: K is still there to start again from (keeping S and P both would cost 32 registers) */
-        gemm_qk(s[c % 2], k_tile + c * kStep * Tile::kRowBytesQk);
-        raise(s[c % 2]);
-        exponentiate(s[c % 2], sum);
-      }
+      exponentiate<false>(s[c % 2], p, sum, scale_log2);
+      if (!reference_fits(sum)) return c * kStep;
       add_sums(sum);
-      gemm_pv(s[c % 2], v_tile + c * kStep * Tile::kRowBytesV);
+      gemm_pv(p, v_tile + c * kStep * Tile::kRowBytesV);
     }
+    return Tile::kBlockKv;
   }
-  /* One K/V stage at an edge, under a score rule, or right after the reference moved: the classic online softmax, maximum first.
-   *   edge     a row with no visible key yet keeps m = FLASHCORE_EMPTY_MAX, p = 0, l = 0 */
+  /* The keys of one stage from `done` on, step by step: at an edge, under a score rule, or where the reference must move. The maximum is taken
+   * first where it is likely to rise; else the step runs a second time if a sum was large.
+   *   edge     a row with no visible key yet has m = FLASHCORE_EMPTY_MAX, p = 0, l = 0 */
   template <typename Rule>
   __forceinline__ __device__ void edge_tile(uint32_t k_tile, uint32_t v_tile, const flashcore_attention &a, const mma_schedule &plan,
-                                            const mma_work &w, int key0, const Rule &rule) {
-    float s[kRowTiles][kTilesS][4], sum[kRowTiles][2];
+                                            const mma_work &w, int key0, int done, const Rule &rule) {
+    float s[kRowTiles][kEdgeStep / 8][4], sum[kRowTiles][2];
+    uint32_t p[kRowTiles][kEdgeStep / 8][2];
 #pragma unroll 1
-    for (int c = 0; c < kSteps; ++c) {
-      const int key = key0 + c * kStep;
-      if (key >= w.warp_last || key + kStep <= w.warp_first) continue;
-      gemm_qk(s, k_tile + c * kStep * Tile::kRowBytesQk);
-      if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
-      if (key + kStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
-      raise(s);
-      exponentiate(s, sum);
+    for (int c = done; c < Tile::kBlockKv; c += kEdgeStep) {
+      const int key = key0 + c;
+      if (key >= w.warp_last || key + kEdgeStep <= w.warp_first) continue;
+      bool look = Rule::kActive || rising, again;
+      do {
+        gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
+        if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
+        if (key + kEdgeStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
+        if (look) raise(s, plan.scale_log2);
+        exponentiate<true>(s, p, sum, plan.scale_log2);
+        again = !look && !reference_fits(sum); /* a capped sum is large, too */
+        look = true;
+      } while (again);
       add_sums(sum);
-      gemm_pv(s, v_tile + c * kStep * Tile::kRowBytesV);
+      gemm_pv(p, v_tile + c * Tile::kRowBytesV);
     }
   }
   __forceinline__ __device__ void add_sums(const float (&sum)[kRowTiles][2]) {
@@ -1171,8 +1226,8 @@ template <typename Tile> struct mma_warp {
   __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared,
                                            const Rule &rule) {
     constexpr bool kGeneral = Rule::kActive;
-    const int tile0 = w.first_key / Tile::kBlockKv, tile_end = (w.last_key + Tile::kBlockKv - 1) / Tile::kBlockKv;
     const auto stage_at = [&](int stage) { return shared + Tile::kOffsetKv + stage * (Tile::kBytesK + Tile::kBytesV); };
+    const int tile_end = w.tile_end, inner_end = w.inner_end;
     const auto fill = [&](int tile, int stage) {
       if (tile < tile_end) load_kv<kGeneral>(a, plan, w, stage_at(stage), tile * Tile::kBlockKv);
       cp_async_commit();
@@ -1185,35 +1240,33 @@ template <typename Tile> struct mma_warp {
       __syncthreads(); /* K and V go where Q was */
     }
 #pragma unroll
-    for (int i = 0; i < Tile::kStages - 1; ++i) fill(tile0 + i, i);
-    if constexpr (Tile::kQ == kQRegisters) {
-      cp_async_wait<Tile::kStages - 2>();
-      __syncthreads();
-      hold_q();
-    }
-    if constexpr (kGeneral) scale_log2 = 1.f; /* apply_rule scales */
+    for (int i = 0; i < Tile::kStages - 1; ++i) fill(w.tile_begin + i, i);
     /* Tiles that every row of this warp sees in full have a loop of their own: its registers and instructions are the kernel's speed. */
-    const int inner_begin = (w.full_first + Tile::kBlockKv - 1) / Tile::kBlockKv, inner_end = kGeneral ? 0 : w.full_last / Tile::kBlockKv;
-    int tile = tile0, stage = 0;
-    const auto begin_tile = [&] { /* the stage of this tile is there, the one before it is free */
+    int tile = w.tile_begin, stage = 0, done = 0; /* done: keys of this tile that inner_tile took */
+    const auto begin_tile = [&] {                 /* the stage of this tile is there, the one before it is free */
                                   cp_async_wait<Tile::kStages - 2>();
                                   __syncthreads();
                                   fill(tile + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
     };
     const auto end_tile = [&] {
-      ++tile;
       if (++stage == Tile::kStages) stage = 0;
+      if (++tile < tile_end) begin_tile();
     };
+    begin_tile();
+    if constexpr (Tile::kQ == kQRegisters) hold_q();
+    if (!kGeneral && tile < tile_end) seed(stage_at(stage), a, plan, w, tile * Tile::kBlockKv);
     while (tile < tile_end) {
-      if (tile >= inner_begin)
-        while (tile < inner_end && !rising) {
-          begin_tile();
-          inner_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK);
+      if (!kGeneral && !rising && tile >= w.inner_begin) {
+        while (tile < inner_end) {
+          done = inner_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, plan.scale_log2);
+          rising = done < Tile::kBlockKv;
+          if (rising) break;
           end_tile();
         }
-      if (tile >= tile_end) break;
-      begin_tile();
-      edge_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, a, plan, w, tile * Tile::kBlockKv, rule);
+        if (tile >= tile_end) break;
+      }
+      edge_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, a, plan, w, tile * Tile::kBlockKv, done % Tile::kBlockKv, rule);
+      done = 0;
       end_tile();
     }
     cp_async_wait<0>();
@@ -1229,7 +1282,8 @@ template <typename Tile> struct mma_warp {
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        state[i][h] = {m[i][h], quad_sum(l[i][h])};
+        const float sum = quad_sum(l[i][h]);
+        state[i][h] = {sum == 0.f ? FLASHCORE_EMPTY_MAX : m[i][h], sum};
         factor[i][h] = 1.f;
       }
     if (a.sink || a.lse) {
@@ -1267,15 +1321,15 @@ template <typename Tile> struct mma_warp {
       for (int n = 0; n < kTilesO; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<uint32_t *>(shared + tile_v::offset(row0 + i * 16 + h * 8 + lane() / 4, chunk0 + n) + lane() % 4 * 4) =
+          *reinterpret_cast<uint32_t *>(shared + tile_v::offset(row0() + i * 16 + h * 8 + lane() / 4, chunk0 + n) + lane() % 4 * 4) =
               pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
     __syncwarp();
     constexpr int kChunks = Tile::kColumns / 8, kLowBit = kChunks & -kChunks, kLanes = kLowBit < 32 ? kLowBit : 32; /* lanes along a row */
     constexpr int kRowsPerPass = 32 / kLanes, kPasses = Tile::kWarpRows / kRowsPerPass;
-    const int r0 = row0 + lane() / kLanes, rows = w.rows - w.row0;
+    const int r0 = row0() + lane() / kLanes, rows = w.rows - w.row0;
     char *base = static_cast<char *>(a.o.data) + 2 * (w.seq.o + w.head * a.o.stride_h);
     const int64_t stride = 2 * a.o.stride_s;
-    if (plan.pack.d == 1 && row0 + Tile::kWarpRows <= rows && a.dim_v == Tile::kHeadDimV && (!kGeneral || plan.align == 16)) {
+    if (plan.pack.d == 1 && row0() + Tile::kWarpRows <= rows && a.dim_v == Tile::kHeadDimV && (!kGeneral || plan.align == 16)) {
       char *dst = base + (w.row0 + r0) * stride + (chunk0 + lane() % kLanes) * 16;
 #pragma unroll
       for (int i = 0; i < kPasses; ++i)
@@ -1287,7 +1341,7 @@ template <typename Tile> struct mma_warp {
     }
 #pragma unroll 1
     for (int i = lane(); i < Tile::kWarpRows * kChunks; i += 32) {
-      const int r = row0 + i / kChunks, chunk = chunk0 + i % kChunks, query = plan.pack.quotient(w.row0 + r);
+      const int r = row0() + i / kChunks, chunk = chunk0 + i % kChunks, query = plan.pack.quotient(w.row0 + r);
       if (r >= rows || chunk * 8 >= a.dim_v) continue;
       char *dst = base + query * stride + 2 * (w.row0 + r - query * plan.pack.d) * a.o.stride_h + chunk * 16;
       const uint4 value = *reinterpret_cast<const uint4 *>(shared + tile_v::offset(r, chunk));
@@ -1335,10 +1389,10 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
-/* Bytes that a tensor's rows are all multiples of: 16, 8, 4 or 2. */
-static int flashcore_mma_align(const flashcore_tensor *t, bool packed) {
-  const uint64_t bits =
-      (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)(t->stride_s | t->stride_h | (packed ? 0 : t->stride_b)) | 16u;
+/* Bytes that a tensor's rows are all multiples of: 16, 8, 4 or 2. A stride along a dim of extent 1 does not matter. */
+static int flashcore_mma_align(const flashcore_tensor *t, int32_t batch, int32_t seq, int32_t heads) {
+  const int64_t strides = (batch > 1 ? t->stride_b : 0) | (seq > 1 ? t->stride_s : 0) | (heads > 1 ? t->stride_h : 0);
+  const uint64_t bits = (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)strides | 16u;
   return (int)(bits & (~bits + 1));
 }
 
@@ -1378,9 +1432,9 @@ static flashcore_status flashcore_mma_check(const flashcore_attention *a, const 
 }
 
 /* The instance a problem gets. */
-template <typename Tile> static void flashcore_mma_use(bool general, flashcore_plan *plan) {
-  plan->kernel = general ? reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::descriptor_rule>)
-                         : reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::no_rule>);
+template <typename Tile, bool kGeneral> static void flashcore_mma_use(flashcore_plan *plan) {
+  if constexpr (kGeneral) plan->kernel = reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::descriptor_rule>);
+  else plan->kernel = reinterpret_cast<const void *>(&flashcore::mma_kernel<Tile, flashcore::no_rule>);
   plan->d.block_q = Tile::kBlockQ;
   plan->d.block_kv = Tile::kBlockKv;
   plan->d.stages = Tile::kStages;
@@ -1390,43 +1444,43 @@ template <typename Tile> static void flashcore_mma_use(bool general, flashcore_p
   plan->d.shared_bytes = Tile::kSharedBytes;
 }
 
-/* Pick the tile for head dims (Qk, V): its compact form where it has one and the SM is small, its narrow form where the wide one would leave the chip
- * or the tile half empty, and for general kernels. Measured on an H200: see README, "Performance". */
-template <typename T, int kQk, int kV, bool kHasCompact, bool kHasNarrow>
+/* The tile for head dims (kQk, kV), among the shapes it has. General kernels are narrow, for room in the registers; grids that would leave SMs idle
+ * are narrow or short; the rest is wide, or compact where SMs are small. */
+template <typename T, int kQk, int kV, bool kHasNarrow, bool kHasCompact, bool kHasShort>
 static void flashcore_mma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
-  using wide = flashcore::mma_tile_for<T, kQk, kV, flashcore::kWide>;
+  using namespace flashcore;
+  using wide = mma_tile_for<T, kQk, kV, kWide>;
   const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch;
-  const bool small_grid = rows < (int64_t)device->sm_count * 2 * wide::kBlockQ && a->split_len == 0;
   if constexpr (kHasNarrow) {
-    if (general || small_grid || (a->causal && a->seq_kv <= 1024))
-      return flashcore_mma_use<flashcore::mma_tile_for<T, kQk, kV, flashcore::kNarrow>>(general, plan);
-  }
-  if constexpr (kHasCompact) {
-    if (!general && device->shared_per_sm < 160 * 1024)
-      return flashcore_mma_use<flashcore::mma_tile_for<T, kQk, kV, flashcore::kCompact>>(false, plan);
-  }
-  if constexpr (kHasNarrow) flashcore_mma_use<wide>(false, plan);
-  else flashcore_mma_use<wide>(general, plan);
+    using narrow = mma_tile_for<T, kQk, kV, kNarrow>;
+    if (general) return flashcore_mma_use<narrow, true>(plan);
+    if constexpr (kHasShort)
+      if (rows <= (int64_t)device->sm_count * narrow::kBlockQ) return flashcore_mma_use<mma_tile_for<T, kQk, kV, kShort>, false>(plan);
+    if (rows < (int64_t)device->sm_count * 2 * wide::kBlockQ) return flashcore_mma_use<narrow, false>(plan);
+  } else if (general) return flashcore_mma_use<wide, true>(plan);
+  if constexpr (kHasCompact)
+    if (device->shared_per_sm < 160 * 1024) return flashcore_mma_use<mma_tile_for<T, kQk, kV, kCompact>, false>(plan);
+  flashcore_mma_use<wide, false>(plan);
 }
 
 /* The smallest instance that holds both dims; false where there is none. */
 template <typename T>
 static bool flashcore_mma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
   const int qk = a->dim_qk, v = a->dim_v, dim = qk > v ? qk : v;
-  if (dim <= 32) flashcore_mma_pick<T, 32, 32, false, true>(a, device, general, plan);
-  else if (dim <= 64) flashcore_mma_pick<T, 64, 64, true, true>(a, device, general, plan);
-  else if (dim <= 80) flashcore_mma_pick<T, 80, 80, false, true>(a, device, general, plan);
-  else if (dim <= 96) flashcore_mma_pick<T, 96, 96, false, true>(a, device, general, plan);
-  else if (dim <= 128) flashcore_mma_pick<T, 128, 128, false, true>(a, device, general, plan);
-  else if (qk <= 192 && v <= 128) flashcore_mma_pick<T, 192, 128, false, false>(a, device, general, plan);
-  else if (dim <= 192) flashcore_mma_pick<T, 192, 192, false, false>(a, device, general, plan);
-  else if (dim <= 256) flashcore_mma_pick<T, 256, 256, true, false>(a, device, general, plan);
-  else if (dim <= 512) flashcore_mma_pick<T, 512, 512, false, false>(a, device, general, plan);
+  if (dim <= 32) flashcore_mma_pick<T, 32, 32, true, false, false>(a, device, general, plan);
+  else if (dim <= 64) flashcore_mma_pick<T, 64, 64, true, true, true>(a, device, general, plan);
+  else if (dim <= 80) flashcore_mma_pick<T, 80, 80, true, false, false>(a, device, general, plan);
+  else if (dim <= 96) flashcore_mma_pick<T, 96, 96, true, false, false>(a, device, general, plan);
+  else if (dim <= 128) flashcore_mma_pick<T, 128, 128, true, true, false>(a, device, general, plan);
+  else if (qk <= 192 && v <= 128) flashcore_mma_pick<T, 192, 128, false, false, false>(a, device, general, plan);
+  else if (dim <= 192) flashcore_mma_pick<T, 192, 192, false, false, false>(a, device, general, plan);
+  else if (dim <= 256) flashcore_mma_pick<T, 256, 256, false, true, false>(a, device, general, plan);
+  else if (dim <= 512) flashcore_mma_pick<T, 512, 512, false, false, false>(a, device, general, plan);
   else return false;
   return true;
 }
 
-enum { FLASHCORE_MMA_PACK, FLASHCORE_MMA_ALIGN, FLASHCORE_MMA_ORDER, FLASHCORE_MMA_TILES }; /* plan->param */
+enum { FLASHCORE_MMA_ALIGN, FLASHCORE_MMA_ORDER, FLASHCORE_MMA_GENERAL }; /* plan->param */
 
 /* Rows, packing and order of the grid. */
 static flashcore_status flashcore_mma_schedule(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
@@ -1441,12 +1495,10 @@ static flashcore_status flashcore_mma_schedule(const flashcore_attention *a, con
     return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
                             "batch: %d entries of %lld blocks pass the mma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
   d->grid *= a->batch;
-  plan->param[FLASHCORE_MMA_PACK] = d->packed_group;
-  plan->param[FLASHCORE_MMA_TILES] = (int32_t)(pack ? packed_tiles : tiles);
-  const int64_t kv_bytes = (int64_t)a->batch * a->heads_kv * a->seq_kv * (a->dim_qk + a->dim_v) * 2;
+  const double kv_bytes = 2.0 * a->batch * a->heads_kv * a->seq_kv * (a->dim_qk + a->dim_v);
   plan->param[FLASHCORE_MMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
                                      : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
-                                     : kv_bytes <= (int64_t)(30 << 20) ? flashcore::kHeavyFirst /* half of an H100's or L4's L2 */
+                                     : kv_bytes <= 30e6                ? flashcore::kHeavyFirst /* half of an H100's or L4's L2 */
                                                                        : flashcore::kTileFastest;
   return FLASHCORE_OK;
 }
@@ -1455,11 +1507,12 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
                                            flashcore_error *error) {
   const flashcore_status status = flashcore_mma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
-  const int aligns[4] = {flashcore_mma_align(&a->q, a->cu_seqlens_q != nullptr), flashcore_mma_align(&a->k, a->cu_seqlens_kv != nullptr),
-                         flashcore_mma_align(&a->v, a->cu_seqlens_kv != nullptr), flashcore_mma_align(&a->o, a->cu_seqlens_q != nullptr)};
+  const int32_t batch_q = a->cu_seqlens_q ? 1 : a->batch, batch_kv = a->cu_seqlens_kv ? 1 : a->batch; /* packed: stride_b is not used */
+  const int aligns[4] = {flashcore_mma_align(&a->q, batch_q, a->seq_q, a->heads_q), flashcore_mma_align(&a->k, batch_kv, a->seq_kv, a->heads_kv),
+                         flashcore_mma_align(&a->v, batch_kv, a->seq_kv, a->heads_kv), flashcore_mma_align(&a->o, batch_q, a->seq_q, a->heads_q)};
   int align = 16;
   for (int bytes : aligns) align = bytes < align ? bytes : align;
-  const bool general = align < 16 || a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits;
+  const bool general = align < 16 || flashcore_has_rule(a);
   bool found = false;
 #if !defined(FLASHCORE_NO_F16)
   if (a->dtype == FLASHCORE_F16) found = flashcore_mma_select<__half>(a, device, general, plan);
@@ -1473,6 +1526,7 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
   plan->d.backend = FLASHCORE_BACKEND_MMA;
   plan->d.splits = 1;
   plan->param[FLASHCORE_MMA_ALIGN] = align;
+  plan->param[FLASHCORE_MMA_GENERAL] = general;
   snprintf(plan->d.kernel, sizeof plan->d.kernel, "mma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)plan->d.head_dim_qk,
            (int)plan->d.head_dim_v, (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
   return flashcore_mma_schedule(a, device, plan, error);
@@ -1481,14 +1535,9 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
 static flashcore_status flashcore_mma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                              flashcore_error *error) {
   flashcore_attention args = *a;
-  const int32_t pack = plan->param[FLASHCORE_MMA_PACK], heads = a->heads_q / pack;
-  flashcore::mma_schedule schedule = {flashcore::make_divisor(plan->param[FLASHCORE_MMA_TILES]),
-                                      flashcore::make_divisor(pack),
-                                      flashcore::make_divisor(heads),
-                                      flashcore::make_divisor((int32_t)(plan->d.grid / plan->param[FLASHCORE_MMA_TILES])),
-                                      flashcore::make_divisor(a->heads_q / a->heads_kv),
-                                      plan->param[FLASHCORE_MMA_ORDER],
-                                      plan->param[FLASHCORE_MMA_ALIGN]};
+  int64_t grid;
+  flashcore::mma_schedule schedule = flashcore::make_mma_schedule(*a, plan->d.block_q, plan->param[FLASHCORE_MMA_GENERAL] != 0, plan->d.packed_group,
+                                                                  plan->param[FLASHCORE_MMA_ORDER], plan->param[FLASHCORE_MMA_ALIGN], grid);
   flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
   void *kernel_args[3] = {&args, &schedule, &rule};
   return flashcore_launch(plan, kernel_args, stream, error);

@@ -172,7 +172,6 @@ static int load_inputs(const options *o, int32_t *dtype, npy_array *q, npy_array
   return k->shape[3] == q->shape[3] ? 0 : fail("q and k", "differ in head dim");
 }
 
-/* [readme:fill] */
 static int fill_descriptor(const options *o, int32_t dtype, const npy_array *q, const npy_array *k, const npy_array *v, flashcore_attention *a) {
   flashcore_init(a);
   a->dtype = dtype;
@@ -198,7 +197,6 @@ static int fill_descriptor(const options *o, int32_t dtype, const npy_array *q, 
     if (!strcmp(o->backend, flashcore_backend_string((flashcore_backend)n))) a->backend = n;
   return o->backend && !a->backend ? fail(o->backend, "is not a backend") : 0;
 }
-/* [readme:fill] */
 
 static int read_lengths(const char *path, int32_t batch, const int32_t **lengths) {
   npy_array x;

@@ -5,4 +5,4 @@
 // [readme:library]
 #define FLASHCORE_IMPLEMENTATION
 #include "../../flashcore_wmma.cuh"
-// [readme:library]
+// [readme:end]

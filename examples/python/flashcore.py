@@ -103,7 +103,6 @@ def load(path):
         if function() != ours:
             raise FlashCoreError(f"{path}: {name} is {function()} there and {ours} in this binding: another version of FlashCore")
     a, error = POINTER(AttentionStruct), POINTER(ErrorStruct)
-    lib.flashcore_init.argtypes, lib.flashcore_init.restype = [a], None
     lib.flashcore_supported.argtypes = [a, c_int, error]
     lib.flashcore_workspace_size.argtypes = [a, c_int, POINTER(c_size_t), error]
     lib.flashcore_forward.argtypes = [a, c_void_p, error]
@@ -152,7 +151,7 @@ class Attention:
         self.o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device) if o is None else o
         self.lse, self.kept = lse, [q, k, v, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv, seqlens_q, seqlens_kv]
         a = self.a = AttentionStruct()
-        self.lib.flashcore_init(byref(a))
+        a.struct_size = ctypes.sizeof(a)
         a.dtype, a.dtype_kv, a.dtype_o = _dtype(q), _dtype(k), _dtype(self.o)
         a.batch = cu_seqlens_q.numel() - 1 if cu_seqlens_q is not None else q.shape[0]
         a.heads_q, a.heads_kv, a.dim_qk, a.dim_v = q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1]

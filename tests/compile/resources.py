@@ -1,7 +1,7 @@
 """Resource gates: what ptxas reports for each shipped kernel against compile/limits.json.
 
-limits.json holds, per header, one entry for each kernel family. In the name of a family `*` stands for one type name (element type, score rule).
-    registers     most registers per thread
+limits.json holds, per header, one entry for each kernel family. In the name of a family `*` stands for one element type.
+    registers     most registers per thread that the compiler was seen to use
     spill_bytes   most bytes of spill stores and loads together; above 0 the entry must carry a "reason"
     stack_bytes   largest stack frame
     static_smem   most static shared memory, bytes
@@ -33,7 +33,7 @@ def short_name(demangled):
 
 
 def family_of(name):
-    return re.sub(r"\b(__half|__nv_bfloat16|float|\w+_rule)\b", "*", name)
+    return re.sub(r"\b(__half|__nv_bfloat16|float)\b", "*", name)
 
 
 def matches(family, name):
@@ -90,7 +90,7 @@ def violations(header, kernels):
 
 
 def measured_limits(header, kernels):
-    """Entries for these kernels: figures as measured, registers up to the next multiple of 8, which is what the hardware allocates."""
+    """Entries for these kernels: figures as measured, reasons kept from the file."""
     reasons = {e["kernel"]: e["reason"] for e in load().get(header, []) if e.get("reason")}
     families = {}
     for kernel in kernels:
@@ -100,7 +100,6 @@ def measured_limits(header, kernels):
     entries = []
     for family in sorted(families):
         entry = {"kernel": family} | families[family]
-        entry["registers"] = (entry["registers"] + 7) // 8 * 8
         if entry["spill_bytes"]:
             entry["reason"] = reasons.get(family, "")
         entries.append(entry)

@@ -12,6 +12,10 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::load_as_float);
   keep(table, count, &fc::store_from_float);
   keep(table, count, &fc::ex2);
+  keep(table, count, static_cast<int32_t (*)(int32_t)>(&fc::warp_uniform));
+  keep(table, count, static_cast<int64_t (*)(int64_t)>(&fc::warp_uniform));
+  keep(table, count, &fc::softmax_reference);
+  keep(table, count, &fc::softmax_term<60>);
   keep(table, count, &fc::quad_max);
   keep(table, count, &fc::quad_sum);
   keep(table, count, &fc::warp_max);
@@ -20,6 +24,7 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::cp_async<4>);
   keep(table, count, &fc::cp_async<8>);
   keep(table, count, &fc::cp_async<16>);
+  keep(table, count, &fc::cp_async_16);
   keep(table, count, &fc::cp_async_commit);
   keep(table, count, &fc::cp_async_wait<0>);
   keep(table, count, &fc::cp_async_wait<1>);
@@ -33,6 +38,8 @@ static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::mma_m16n8k16<__nv_bfloat16>);
   keep(table, count, &fc::pack2<__half>);
   keep(table, count, &fc::pack2<__nv_bfloat16>);
+  keep(table, count, &fc::copy_chunk);
+  keep(table, count, &fc::store_chunk);
 }
 #endif
 

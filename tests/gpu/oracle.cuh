@@ -6,7 +6,8 @@
  *
  *   o      ref64: everything in fp64
  *   lse    ref64, in the base that the descriptor asks for
- *   low    "lowref": logits and l in fp32, exact row maximum, P rounded to the input type, O summed in fp32 and rounded to the output type */
+ *   low    "lowref": logits and l in fp32, exact row maximum, P rounded to the input type, O summed in fp32 and rounded to the output type;
+ *          the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits are */
 #ifndef FLASHCORE_TESTS_ORACLE_CUH
 #define FLASHCORE_TESTS_ORACLE_CUH
 
@@ -151,7 +152,7 @@ template <typename T, typename Combine> static __device__ T over_block(T x, T *s
   return result;
 }
 
-/* Row sums of a row: o and l relative to the maximum m, exact and low; m_low and low are in log2 units, as kernels have them. */
+/* Row sums of a row: o and l relative to the maximum m (natural units), exact and low. */
 struct Sums {
   double m, l, o[kDimsPerThread];
   float m_low, l_low, o_low[kDimsPerThread];
@@ -165,7 +166,7 @@ static __device__ void row_maxima(const flashcore_attention &a, const Row &r, co
   for (int64_t j = threadIdx.x; j < r.len_kv; j += kThreads) {
     const Logit x = logit(a, r, q, j);
     m = fmax(m, x.exact);
-    m_low = fmax(m_low, (double)(x.low * kLog2e));
+    m_low = fmax(m_low, (double)x.low);
   }
   s.m = over_block(m, scratch, [](double x, double y) { return fmax(x, y); });
   s.m_low = (float)over_block(m_low, scratch, [](double x, double y) { return fmax(x, y); });
@@ -183,7 +184,7 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
     const Logit x = logit(a, r, q, j);
     const bool hidden = x.exact == -INFINITY;
     const double p = hidden ? 0 : exp(x.exact - s.m);
-    const float p_low = hidden ? 0 : exp2f(fmaf(x.low, kLog2e, -s.m_low));
+    const float p_low = hidden ? 0 : exp2f((x.low - s.m_low) * kLog2e);
     l += p;
     l_low += p_low;
     weight[threadIdx.x] = p;
@@ -212,12 +213,12 @@ static __device__ void write_row(const flashcore_attention &a, const Row &r, int
   float l_low = s.l_low, factor_low = 1;
   if (a.sink) {
     const double sink = a.sink[r.h];
-    const float sink_low = a.sink[r.h] * kLog2e, m_low = fmaxf(s.m_low, sink_low);
+    const float sink_low = a.sink[r.h], m_low = fmaxf(s.m_low, sink_low);
     lse_max = fmax(s.m, sink);
     factor = exp(s.m - lse_max);
     l = s.l * factor + exp(sink - lse_max);
-    factor_low = exp2f(s.m_low - m_low);
-    l_low = s.l_low * factor_low + exp2f(sink_low - m_low);
+    factor_low = exp2f((s.m_low - m_low) * kLog2e);
+    l_low = s.l_low * factor_low + exp2f((sink_low - m_low) * kLog2e);
   }
   const int dtype_o = a.dtype_o ? a.dtype_o : a.dtype;
   for (int n = 0; n < kDimsPerThread; ++n) {

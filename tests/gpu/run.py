@@ -21,7 +21,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
-PROGRAMS = ["test_blocks", "test_attention", "test_sweep"]
+PROGRAMS = ["test_blocks", "test_user_rule", "test_attention", "test_sweep"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 TIME_LIMIT = 1500  # seconds for one program
 
@@ -122,8 +122,8 @@ def main():
     if not build(nvcc, arch):
         sys.exit("the build failed")
 
-    arguments = {"test_blocks": [], "test_attention": ["--quick"] if options.quick else [], "test_sweep": ["--count", "300" if options.quick else "2000"]}
-    programs = {p: run_logged(p, [str(BUILD / p), *arguments[p]]) for p in PROGRAMS}
+    arguments = {"test_attention": ["--quick"] if options.quick else [], "test_sweep": ["--count", "300" if options.quick else "2000"]}
+    programs = {p: run_logged(p, [str(BUILD / p), *arguments.get(p, [])]) for p in PROGRAMS}
     good = all(r["exit_code"] == 0 and r["failed"] == 0 for r in programs.values())
     sanitizers = {"error": "left out"}
     if not options.no_sanitizer:

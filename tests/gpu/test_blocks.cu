@@ -1,16 +1,19 @@
-/* The device building blocks of flashcore.h, each alone, in one warp, before any kernel uses them. */
-#include "flashcore.h"
+/* The device building blocks of flashcore.h and flashcore_wmma.cuh, each alone, in one warp or block, before any kernel uses them. */
+#include "flashcore_wmma.cuh"
 #include "report.h"
 
 #include <algorithm>
 #include <cmath>
+#include <string.h>
+#include <random>
 #include <set>
 #include <vector>
 
 namespace fc = flashcore;
 
-/* Inputs to the device, one kernel of one warp, outputs back. */
-template <typename In, typename Out, typename Kernel> static std::vector<Out> on_device(Kernel kernel, const std::vector<In> &in, size_t outputs) {
+/* Inputs to the device, one kernel of one warp (or block), outputs back. */
+template <typename In, typename Out, typename Kernel>
+static std::vector<Out> on_device(Kernel kernel, const std::vector<In> &in, size_t outputs, int threads = 32) {
   In *device_in = nullptr;
   Out *device_out = nullptr;
   std::vector<Out> out(outputs);
@@ -18,7 +21,7 @@ template <typename In, typename Out, typename Kernel> static std::vector<Out> on
   CUDA_OK(cudaMalloc(&device_out, outputs * sizeof(Out)));
   CUDA_OK(cudaMemcpy(device_in, in.data(), in.size() * sizeof(In), cudaMemcpyHostToDevice));
   CUDA_OK(cudaMemset(device_out, 0xff, outputs * sizeof(Out)));
-  kernel<<<1, 32>>>(device_in, (int)in.size(), device_out);
+  kernel<<<1, threads>>>(device_in, (int)in.size(), device_out);
   CUDA_OK(cudaGetLastError());
   CUDA_OK(cudaMemcpy(out.data(), device_out, outputs * sizeof(Out), cudaMemcpyDeviceToHost));
   CUDA_OK(cudaFree(device_in));
@@ -201,9 +204,257 @@ static void test_softmax() {
   report().expect("softmax_fully_masked_row_gives_zero_and_lse_minus_inf_or_sink", empty, "NaN or a number");
 }
 
-/* ---- fragments of flashcore_wmma.cuh -------------------------------------------------------------------------------------------
- * PLACE FOR: flashcore::ldmatrix_x4, flashcore::ldmatrix_x4_trans, flashcore::mma_m16n8k16: that picture, code and hardware agree.
- * -------------------------------------------------------------------------------------------------------------------------------- */
+/* ---- divisor ------------------------------------------------------------------------------------------------------------------- */
+
+struct Division {
+  fc::divisor divisor;
+  int32_t n;
+};
+
+static __global__ void divisor_kernel(const Division *in, int count, int32_t *out) {
+  for (int i = threadIdx.x; i < count; i += 32) out[i] = in[i].divisor.quotient(in[i].n);
+}
+
+static void test_divisor() {
+  std::mt19937 random(7);
+  std::vector<int32_t> divisors = {1,        2, 3, 5, 6, 7, 10, 12, 48, 63, 64, 65, 1000, 65535, 65536, 65537, (1 << 30) - 1, 1 << 30, (1 << 30) + 1,
+                                   INT32_MAX};
+  for (int i = 0; i < 100; ++i) divisors.push_back(1 + (int32_t)(random() >> (1 + random() % 30)));
+  std::vector<Division> in;
+  for (int32_t d : divisors) {
+    const fc::divisor divisor = fc::make_divisor(d);
+    const int64_t last = INT32_MAX / d * (int64_t)d; // the largest multiple
+    for (int64_t n : {(int64_t)0, (int64_t)1, (int64_t)d - 1, (int64_t)d, (int64_t)d + 1, last - 1, last, last + 1, (int64_t)INT32_MAX})
+      if (n <= INT32_MAX) in.push_back({divisor, (int32_t)n});
+    for (int i = 0; i < 200; ++i) in.push_back({divisor, (int32_t)(random() >> (1 + random() % 30))});
+  }
+  const std::vector<int32_t> out = on_device<Division, int32_t>(divisor_kernel, in, in.size());
+  std::string why;
+  for (size_t i = 0; i < in.size(); ++i) {
+    const int32_t n = in[i].n, d = in[i].divisor.d;
+    if (out[i] != n / d && why.empty()) why = format("%d / %d = %d, not %d", n, d, n / d, out[i]);
+  }
+  report().expect("divisor_quotient_is_division_on_the_device", why.empty(), why);
+}
+
+/* ---- fragments of flashcore_wmma.cuh ------------------------------------------------------------------------------------------- */
+
+/* Element (row, col) of matrix j carries the number j * 64 + row * 8 + col. Rows lie 48 bytes apart. */
+template <bool kTransposed> static __global__ void ldmatrix_kernel(const uint16_t *in, int count, uint32_t *out) {
+#if FLASHCORE_HAS_SM80
+  __shared__ __align__(16) uint16_t rows[32 * 24];
+  for (int i = threadIdx.x; i < count; i += 32) rows[i / 8 * 24 + i % 8] = in[i];
+  __syncwarp();
+  uint32_t r[4];
+  const uint32_t address = fc::shared_address(&rows[threadIdx.x * 24]);
+  if (kTransposed) fc::ldmatrix_x4_trans(r, address);
+  else fc::ldmatrix_x4(r, address);
+  for (int j = 0; j < 4; ++j) out[j * 32 + threadIdx.x] = r[j];
+#endif
+}
+
+template <bool kTransposed> static void test_ldmatrix() {
+  std::vector<uint16_t> in(256);
+  for (size_t i = 0; i < in.size(); ++i) in[i] = (uint16_t)i;
+  const std::vector<uint32_t> out = on_device<uint16_t, uint32_t>(ldmatrix_kernel<kTransposed>, in, 128);
+  bool right = true;
+  for (uint32_t j = 0; j < 4; ++j) {
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+      const uint32_t along = 2 * (lane % 4), across = lane / 4;
+      const uint32_t low = j * 64 + (kTransposed ? along * 8 + across : across * 8 + along), high = low + (kTransposed ? 8 : 1);
+      right &= out[j * 32 + lane] == (low | high << 16);
+    }
+  }
+  report().expect(kTransposed ? "ldmatrix_x4_trans_gives_the_documented_elements" : "ldmatrix_x4_gives_the_documented_elements", right,
+                  "a lane has another element");
+}
+
+/* in: A [16][16], B [16][16], C [16][16], E [16][8], whole numbers small enough to be exact in T. out: A B + C [16][16], then (A B + C) E [16][8],
+ * for which two accumulators side by side become the A operand. */
+template <typename T> static __global__ void mma_kernel(const float *in, int, float *out) {
+#if FLASHCORE_HAS_SM80
+  const float *a = in, *b = in + 256, *c = in + 512, *e = in + 768;
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  uint32_t fa[4], fs[4];
+  for (int i = 0; i < 4; ++i) {
+    const float *at = a + (g + 8 * (i % 2)) * 16 + 2 * t + 8 * (i / 2);
+    fa[i] = fc::pack2<T>(at[0], at[1]);
+  }
+  float s[2][4], d[4] = {};
+  for (int n = 0; n < 2; ++n) {
+    for (int i = 0; i < 4; ++i) s[n][i] = c[fc::mma_accumulator::row(lane, i) * 16 + 8 * n + fc::mma_accumulator::col(lane, i)];
+    uint32_t fb[2];
+    for (int h = 0; h < 2; ++h) fb[h] = fc::pack2<T>(b[(2 * t + 8 * h) * 16 + 8 * n + g], b[(2 * t + 8 * h + 1) * 16 + 8 * n + g]);
+    fc::mma_m16n8k16<T>(s[n], fa, fb[0], fb[1]);
+    for (int i = 0; i < 4; ++i) out[fc::mma_accumulator::row(lane, i) * 16 + 8 * n + fc::mma_accumulator::col(lane, i)] = s[n][i];
+  }
+  for (int i = 0; i < 4; ++i) fs[i] = fc::pack2<T>(s[i / 2][i % 2 * 2], s[i / 2][i % 2 * 2 + 1]);
+  uint32_t fe[2];
+  for (int h = 0; h < 2; ++h) fe[h] = fc::pack2<T>(e[(2 * t + 8 * h) * 8 + g], e[(2 * t + 8 * h + 1) * 8 + g]);
+  fc::mma_m16n8k16<T>(d, fs, fe[0], fe[1]);
+  for (int i = 0; i < 4; ++i) out[256 + fc::mma_accumulator::row(lane, i) * 8 + fc::mma_accumulator::col(lane, i)] = d[i];
+#endif
+}
+
+template <typename T> static void test_mma(const char *type) {
+  std::mt19937 random(3);
+  std::vector<float> in(768 + 128), s(256), d(128);
+  for (float &x : in) x = (float)(random() % 5u) - 2.f; // sums stay within +-66: exact in bf16 too
+  for (size_t i = 0; i < 16; ++i) {
+    for (size_t j = 0; j < 16; ++j) {
+      s[i * 16 + j] = in[512 + i * 16 + j];
+      for (size_t k = 0; k < 16; ++k) s[i * 16 + j] += in[i * 16 + k] * in[256 + k * 16 + j];
+    }
+    for (size_t j = 0; j < 8; ++j)
+      for (size_t k = 0; k < 16; ++k) d[i * 8 + j] += s[i * 16 + k] * in[768 + k * 8 + j];
+  }
+  const std::vector<float> out = on_device<float, float>(mma_kernel<T>, in, 384);
+  const bool product = std::equal(s.begin(), s.end(), out.begin()), chain = std::equal(d.begin(), d.end(), out.begin() + 256);
+  report().expect(format("mma_m16n8k16_%s_adds_the_product_where_row_and_col_say", type), product, "an element differs from the CPU's");
+  report().expect(format("mma_m16n8k16_%s_takes_two_packed_accumulators_as_its_a_operand", type), chain, "an element differs from the CPU's");
+}
+
+template <typename T> static __global__ void pack2_kernel(const float2 *in, int count, uint32_t *out) {
+#if FLASHCORE_HAS_SM80
+  for (int i = threadIdx.x; i < count; i += 32) out[i] = fc::pack2<T>(in[i].x, in[i].y);
+#endif
+}
+
+/* The host's conversion is the judge: round to nearest, ties to even. */
+template <typename T> static void test_pack2(const char *type) {
+  const bool half = fc::element<T>::kDtype == FLASHCORE_F16;
+  const float ulp = half ? 0x1p-10f : 0x1p-7f; // of 1
+  std::vector<float2> in = {{0.f, -0.f},         {INFINITY, -INFINITY}, {65504.f, 65519.f},
+                            {65520.f, -65520.f}, {0x1p-24f, 0x1p-25f},  {0x1.8p-25f, 0x1p-30f}};
+  for (int i = 0; i < 64; ++i) in.push_back({1.f + (0.5f + (float)i) * ulp, -1.f - (1.5f + (float)i) * ulp}); // ties
+  const std::vector<float> x = spread(4000);
+  for (size_t i = 0; i + 1 < x.size(); i += 2) in.push_back({x[i] * 100.f, x[i + 1]});
+  const std::vector<uint32_t> out = on_device<float2, uint32_t>(pack2_kernel<T>, in, in.size());
+  std::string why;
+  for (size_t i = 0; i < in.size(); ++i) {
+    const T pair[2] = {fc::element<T>::store(in[i].x), fc::element<T>::store(in[i].y)};
+    uint32_t expected;
+    memcpy(&expected, pair, sizeof expected);
+    if (out[i] != expected && why.empty()) why = format("(%a, %a) became %08x, not %08x", in[i].x, in[i].y, out[i], expected);
+  }
+  report().expect(format("pack2_%s_rounds_to_nearest_even_and_puts_lo_low", type), why.empty(), why);
+}
+
+/* ---- loaders of flashcore_wmma.cuh --------------------------------------------------------------------------------------------- */
+
+/* Lane i copies the 16 bytes at i * 32 + align of `in`, odd lanes as if they were not there; then the chunk goes back out at the same place. */
+template <int kAlign> static __global__ void chunk_kernel(const uint16_t *in, int, uint16_t *out) {
+  __shared__ __align__(16) uint4 chunks[64];
+  const int lane = threadIdx.x;
+  chunks[2 * lane] = chunks[2 * lane + 1] = make_uint4(0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu);
+  __syncwarp();
+  fc::copy_chunk(fc::shared_address(&chunks[2 * lane]), reinterpret_cast<const char *>(in) + lane * 32 + kAlign, lane % 2 == 0, kAlign);
+  fc::cp_async_commit();
+  fc::cp_async_wait<0>();
+  __syncwarp();
+  fc::store_chunk(reinterpret_cast<char *>(out) + lane * 32 + kAlign, chunks[2 * lane]);
+  out[32 * 16 + lane] = reinterpret_cast<const uint16_t *>(&chunks[2 * lane + 1])[0]; // must be as it was
+}
+
+template <int kAlign> static void test_chunks() {
+  std::vector<uint16_t> in(32 * 16);
+  for (size_t i = 0; i < in.size(); ++i) in[i] = (uint16_t)(i + 1);
+  const std::vector<uint16_t> out = on_device<uint16_t, uint16_t>(chunk_kernel<kAlign>, in, in.size() + 32);
+  bool copied = true, zeroed = true, kept = true;
+  for (size_t i = 0; i < in.size(); ++i) {
+    const size_t lane = i / 16, within = i % 16 - kAlign / 2;
+    if (i % 16 < kAlign / 2 || within >= 8) kept &= out[i] == 0xffff;
+    else if (lane % 2 == 0) copied &= out[i] == in[i];
+    else zeroed &= out[i] == 0;
+  }
+  for (size_t lane = 0; lane < 32; ++lane) kept &= out[in.size() + lane] == 0xabcd;
+  report().expect(format("copy_chunk_and_store_chunk_keep_16_bytes_aligned_to_%d", kAlign), copied, "a value differs");
+  report().expect(format("copy_chunk_aligned_to_%d_writes_zeros_when_not_valid", kAlign), zeroed, "not zero");
+  report().expect(format("copy_chunk_and_store_chunk_aligned_to_%d_write_no_more", kAlign), kept, "a neighbour was written");
+}
+
+/* How a tile is loaded: all of it; up to some row and chunk; the same by pieces of `align` bytes. */
+struct TileLoad {
+  int32_t stride_bytes, rows, chunks, align; // align 0: load
+  int64_t base;                              // bytes into the array
+};
+
+constexpr int kTileThreads = 128;
+template <int kRowBytes> constexpr int kTileRows = kRowBytes >= 512 ? 32 : 64;
+
+/* in: the TileLoad, then words to load from. */
+template <int kRowBytes> static __global__ void tile_kernel(const uint32_t *in, int, uint32_t *out) {
+  constexpr int kRows = kTileRows<kRowBytes>;
+  using loader = fc::tile_loader<kRows, kRowBytes, kTileThreads>;
+  __shared__ __align__(128) uint32_t tile[kRows * kRowBytes / 4];
+  for (int i = threadIdx.x; i < kRows * kRowBytes / 4; i += kTileThreads) tile[i] = 0xabcdef01u;
+  __syncthreads();
+  const TileLoad &how = *reinterpret_cast<const TileLoad *>(in);
+  const char *base = reinterpret_cast<const char *>(in) + how.base;
+  const uint32_t dst = fc::shared_address(tile);
+  if (how.align == 0) loader::load(dst, base, how.stride_bytes);
+  else if (how.align == 16) loader::load_edge(dst, base, how.stride_bytes, how.rows, how.chunks);
+  else loader::load_unaligned(dst, base, how.stride_bytes, how.rows, how.chunks, how.align);
+  fc::cp_async_commit();
+  fc::cp_async_wait<0>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < kRows * kRowBytes / 4; i += kTileThreads) out[i] = tile[i];
+}
+
+/* "": every chunk lies where swizzled_tile says, zeros from `rows` and `chunks` on. backwards: rows lie in memory last to first. */
+template <int kRowBytes> static std::string load_tile(int align, int rows, int chunks, bool backwards) {
+  using tile = fc::swizzled_tile<kRowBytes>;
+  constexpr int kRows = kTileRows<kRowBytes>;
+  const int64_t pitch = kRowBytes + 48, shift = align % 16; // gaps between rows; a first byte that is aligned to `align` only
+  std::vector<uint32_t> in(64 / 4 + (size_t)(kRows * pitch + 16) / 4);
+  for (size_t i = 0; i < in.size(); ++i) in[i] = 0x01010101u * (uint32_t)(i % 251) + (uint32_t)i * 65536u;
+  const TileLoad how = {(int32_t)(backwards ? -pitch : pitch), rows, chunks, align, 64 + shift + (backwards ? (kRows - 1) * pitch : 0)};
+  memcpy(in.data(), &how, sizeof how);
+  const std::vector<uint32_t> out = on_device<uint32_t, uint32_t>(tile_kernel<kRowBytes>, in, kRows * kRowBytes / 4, kTileThreads);
+  for (int row = 0; row < kRows; ++row) {
+    for (int chunk = 0; chunk < tile::kChunks; ++chunk) {
+      char expected[16] = {};
+      const bool there = align == 0 || (row < rows && chunk < chunks);
+      if (there) memcpy(expected, (const char *)in.data() + how.base + row * (int64_t)how.stride_bytes + chunk * 16, 16);
+      if (memcmp(expected, (const char *)out.data() + tile::offset(row, chunk), 16))
+        return format("row %d, chunk %d is not %s", row, chunk, there ? "at its place" : "zero");
+    }
+  }
+  return "";
+}
+
+template <int kRowBytes> static void test_tile_loader() {
+  constexpr int kRows = kTileRows<kRowBytes>, kChunks = kRowBytes / 16;
+  std::string whole = load_tile<kRowBytes>(0, kRows, kChunks, false), edge, unaligned;
+  if (whole.empty()) whole = load_tile<kRowBytes>(0, kRows, kChunks, true);
+  for (int rows : {-5, 0, 1, 17, kRows - 1, kRows, kRows + 9}) {
+    for (int chunks : {1, kChunks - 1, kChunks}) {
+      if (edge.empty()) edge = load_tile<kRowBytes>(16, rows, chunks, rows % 2 == 0);
+      for (int align : {8, 4, 2})
+        if (unaligned.empty()) unaligned = load_tile<kRowBytes>(align, rows, chunks, rows % 2 == 0);
+    }
+  }
+  report().expect(format("tile_loader_%d_load_puts_every_chunk_at_its_swizzled_place", kRowBytes), whole.empty(), whole);
+  report().expect(format("tile_loader_%d_load_edge_writes_zeros_past_the_last_row_and_chunk", kRowBytes), edge.empty(), edge);
+  report().expect(format("tile_loader_%d_load_unaligned_does_the_same_at_8_4_and_2_bytes", kRowBytes), unaligned.empty(), unaligned);
+}
+
+static void test_tile_loaders() {
+  test_tile_loader<64>();
+  test_tile_loader<128>();
+  test_tile_loader<160>();
+  test_tile_loader<192>();
+  test_tile_loader<256>();
+  test_tile_loader<384>();
+  test_tile_loader<512>();
+  test_tile_loader<1024>();
+}
+
+static bool has_sm80() {
+  int major = 0;
+  CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  return major >= 8;
+}
 
 int main() {
   test_ex2();
@@ -223,5 +474,18 @@ int main() {
   test_swizzle<512>();
   test_swizzle<1024>();
   test_softmax();
+  test_divisor();
+  test_chunks<8>();
+  test_chunks<4>();
+  test_chunks<2>();
+  test_tile_loaders();
+  if (has_sm80()) {
+    test_ldmatrix<false>();
+    test_ldmatrix<true>();
+    test_mma<__half>("f16");
+    test_mma<__nv_bfloat16>("bf16");
+    test_pack2<__half>("f16");
+    test_pack2<__nv_bfloat16>("bf16");
+  }
   return report().finish();
 }

@@ -77,6 +77,7 @@ static void packed_sequences_start_at_their_rows(void) {
   a.seq_q = 5, a.seq_kv = 6, a.total_q = 8, a.total_kv = 11;
   a.cu_seqlens_q = cu_q, a.cu_seqlens_kv = cu_kv;
   a.q.stride_s = 7, a.k.stride_s = 11, a.v.stride_s = 13, a.o.stride_s = 17;
+  a.q.stride_b = a.k.stride_b = a.v.stride_b = a.o.stride_b = 100000; /* not for packed tensors */
   flashcore_sequence s = flashcore_sequence_at(&a, 1);
   CHECK(s.len_q == 0 && s.len_kv == 6 && s.q == 3 * 7 && s.k == 4 * 11 && s.v == 4 * 13 && s.o == 3 * 17);
   a.seqlens_kv = used;
@@ -123,12 +124,18 @@ static void pages_outside_the_pool_are_not_there(void) {
   flashcore_attention a = with_rules(0, 0, 0, 0);
   a.page_table = pages, a.page_table_stride_b = 3, a.page_size = 2, a.num_pages = 4;
   a.k.stride_b = 100, a.k.stride_s = 10;
-  CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 0) == -1);
-  CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 3) == -1);
+  CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 0) == FLASHCORE_NO_KEY);
+  CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 3) == FLASHCORE_NO_KEY);
   CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 5) == 310);
-  CHECK(flashcore_key_offset(&a, &a.k, 0, 1, 1) == -1);
-  CHECK(flashcore_key_offset(&a, &a.k, 0, 1, 2) == -1);
+  CHECK(flashcore_key_offset(&a, &a.k, 0, 1, 1) == FLASHCORE_NO_KEY);
+  CHECK(flashcore_key_offset(&a, &a.k, 0, 1, 2) == FLASHCORE_NO_KEY);
   CHECK(flashcore_key_offset(&a, &a.k, 0, 1, 5) == 10);
+}
+
+static void any_offset_may_be_a_key(void) { /* -1 too, where strides are negative */
+  flashcore_attention a = with_rules(0, 0, 0, 0);
+  a.k.stride_s = -1;
+  CHECK(flashcore_key_offset(&a, &a.k, 0, 0, 1) == -1);
 }
 
 static void defaults_are_written_out_once(void) {
@@ -153,6 +160,7 @@ int main(void) {
   RUN(hostile_lengths_stay_inside_the_tensors);
   RUN(offsets_pass_2_to_the_31);
   RUN(pages_outside_the_pool_are_not_there);
+  RUN(any_offset_may_be_a_key);
   RUN(defaults_are_written_out_once);
   return check_end();
 }
