@@ -663,7 +663,7 @@ struct softmax_state {
   float m, l;
 };
 
-/* 2^x, log2 x, 1 / x: the hardware's approximations on the device (relative 2^-22, absolute 2^-22, relative 2^-23). A true division would be a call. */
+/* 2^x, log2 x, 1 / x: the hardware's approximations on the device (relative 2^-22, absolute 2^-22, last bit). A true division would be a call. */
 FLASHCORE_INLINE float softmax_exp2(float x) {
 #if defined(__CUDA_ARCH__)
   return ex2(x);
@@ -682,7 +682,7 @@ FLASHCORE_INLINE float softmax_reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  return fmaf(y, fmaf(-x, y, 1.f), y); /* one Newton step: fp32 outputs feel the last bit */
 #else
   return 1.f / x;
 #endif
@@ -859,7 +859,7 @@ FLASHCORE_DEVICE void simt_gemm_qk(float (&s)[simt_tile::kWarpRows], const float
                                    int stride_q, int dims) {
   const float *k_row = stage[threadIdx.x % 32];
   float part[simt_tile::kWarpRows] = {}; /* of this chunk: sums of few terms lose fewer bits */
-#pragma unroll 4
+#pragma unroll 2
   for (int d = 0; d < dims; d += 4) {
     const float4 k = *reinterpret_cast<const float4 *>(k_row + d);
 #pragma unroll

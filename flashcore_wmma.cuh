@@ -24,7 +24,9 @@
  * Barrier ledger of section 7:
  *   barrier                  arrivals per stage    who waits     what it hands over
  *   cp.async.wait_group      this thread's copies  each thread   its own chunks of K and V of this stage have landed
- *   __syncthreads            all warps             all warps     everybody's chunks have landed; the previous stage may be filled again
+ *   kStageBarrier            all warps             all warps     everybody's chunks have landed; the previous stage may be filled again
+ *   __syncthreads (start)    all warps             all warps     Q has landed; with kQRegistersReuse again: Q was read, K and V may take its place
+ *   __syncthreads (store)    all warps             all warps     nobody reads K, V or Q any more (where O does not lie in the warp's own rows of Q)
  *   __syncwarp (store)       32 lanes              32 lanes      O of the warp's rows lies in shared memory                                    */
 #ifndef FLASHCORE_WMMA_CUH
 #define FLASHCORE_WMMA_CUH
@@ -196,10 +198,6 @@ template <typename Traits, typename Rule> struct wmma_warp {
   static constexpr int kRowTiles = Traits::kRowTiles, kTilesD = Traits::kTilesD, kTilesKv = Traits::kTilesKv;
   static_assert(accumulator::num_elements == 8, "row_of packs eight rows of four bits");
 
-  /* A row keeps its reference until a logit passes it by more than this (log2 units): O is rescaled far less often, and P stays below 2^8,
-   * well inside fp16. */
-  static constexpr float kSlack = 8.f;
-
   fragment_a q[kRowTiles][kTilesD];
   accumulator o[kRowTiles][kTilesD];
   softmax_state state[kRowTiles]; /* of row lane / 2 */
@@ -326,7 +324,7 @@ template <typename Traits, typename Rule> struct wmma_warp {
 #pragma unroll
     for (int i = 0; i < Traits::kValues; ++i) top = fmaxf(top, x[i]);
     top = softmax_reference(fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1)), unit);
-    const float factor = softmax_raise(state[r], top > state[r].m + kSlack ? top : state[r].m);
+    const float factor = softmax_raise(state[r], top);
     float sum[2] = {};
 #pragma unroll
     for (int i = 0; i < Traits::kValues; i += 2) {
@@ -679,6 +677,13 @@ struct mma_accumulator {
  * 4  mma.sync: one struct describes one kernel
  * ================================================================================================================================ */
 
+/* Wait for kThreads threads of the block; warps may arrive from different places in the code, which __syncthreads does not allow.
+ *   ptx      bar.sync, sm_70     callers  whole warps     orders  shared memory among the threads that took part */
+enum mma_barrier { kStageBarrier = 1 }; /* 0 belongs to __syncthreads */
+template <int kThreads> FLASHCORE_DEVICE void barrier_sync(mma_barrier barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"((int)barrier), "n"(kThreads) : "memory");
+}
+
 enum mma_q_source {
   kQShared,         /* Q fragments are read again from shared memory for every key step */
   kQRegisters,      /* they stay in registers */
@@ -738,7 +743,7 @@ FLASHCORE_MMA_TILE(80, 80, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
 FLASHCORE_MMA_TILE(96, 96, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
 FLASHCORE_MMA_TILE(96, 96, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
 FLASHCORE_MMA_TILE(128, 128, kWide, 2, 4, 1, 64, 64, 2, kQShared, 2);            /* Q and S do not fit the registers beside 128 columns of O */
-FLASHCORE_MMA_TILE(128, 128, kCompact, 2, 4, 1, 32, 16, 2, kQRegistersReuse, 2); /* 32 KiB */
+FLASHCORE_MMA_TILE(128, 128, kCompact, 1, 4, 1, 32, 32, 2, kQRegistersReuse, 3); /* 32 KiB: three blocks; 32 rows a warp would spill */
 FLASHCORE_MMA_TILE(128, 128, kNarrow, 1, 4, 1, 64, 32, 2, kQRegistersReuse, 2);
 FLASHCORE_MMA_TILE(192, 128, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(192, 192, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
@@ -922,8 +927,9 @@ template <typename Tile> struct mma_warp {
   static constexpr int kEdgeStep = kStep < 32 ? kStep : 32; /* finer at edges: less beyond the diagonal, and room for masks in the registers */
   static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesS = kStep / 8, kTilesO = Tile::kColumns / 8;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
-  /* A lane's part of a row sum may be this large before the reference moves: f16 terms then cannot overflow. */
-  static constexpr float kSumLimit = 8192.f;
+  /* A lane's part of a row sum may be this large before the reference moves: f16 terms then cannot overflow. The reference is put above the
+   * maximum by a headroom, so that it seldom has to move again; its largest term is then 2^-kHeadroom, still exact. */
+  static constexpr float kSumLimit = 16384.f, kHeadroom = 4.f;
   static constexpr float kRise = 8.f; /* log2 units that count as far: the next step then takes the maximum first */
 
   float o[kRowTiles][kTilesO][4]; /* accumulators, times l */
@@ -1112,7 +1118,7 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
         const float old = m[i][h];
-        const float top = fmaxf(old, softmax_reference(quad_max(x), scale_log2)), factor = ex2(old - top);
+        const float top = fmaxf(old, softmax_reference(quad_max(x), scale_log2) + kHeadroom), factor = ex2(old - top);
         far |= top > old + kRise && old > FLASHCORE_EMPTY_MAX;
         m[i][h] = top;
         l[i][h] *= factor;
@@ -1151,8 +1157,7 @@ template <typename Tile> struct mma_warp {
     for (int i = 0; i < kRowTiles; ++i) fits &= sum[i][0] <= kSumLimit && sum[i][1] <= kSumLimit;
     return __all_sync(0xffffffffu, fits);
   }
-  /* First references: the maxima over 16 keys, as far as rows see them. Equal logits then have terms of exactly 1, and the first step need not run
-   * twice. */
+  /* First references, from the maxima over 16 keys as far as rows see them: the first step need not run twice. */
   __forceinline__ __device__ void seed(uint32_t k_tile, const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, int key) {
     float s[kRowTiles][2][4];
     gemm_qk(s, k_tile);
@@ -1162,7 +1167,7 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float x = fmaxf(fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]), fmaxf(s[i][1][2 * h], s[i][1][2 * h + 1]));
-        m[i][h] = fmaxf(m[i][h], softmax_reference(quad_max(x), plan.scale_log2));
+        m[i][h] = fmaxf(m[i][h], softmax_reference(quad_max(x), plan.scale_log2) + kHeadroom);
       }
   }
 
@@ -1243,10 +1248,11 @@ template <typename Tile> struct mma_warp {
     for (int i = 0; i < Tile::kStages - 1; ++i) fill(w.tile_begin + i, i);
     /* Tiles that every row of this warp sees in full have a loop of their own: its registers and instructions are the kernel's speed. */
     int tile = w.tile_begin, stage = 0, done = 0; /* done: keys of this tile that inner_tile took */
-    const auto begin_tile = [&] {                 /* the stage of this tile is there, the one before it is free */
-                                  cp_async_wait<Tile::kStages - 2>();
-                                  __syncthreads();
-                                  fill(tile + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
+    /* The stage of this tile is there, the one before it is free. */
+    const auto begin_tile = [&] {
+      cp_async_wait<Tile::kStages - 2>();
+      barrier_sync<Tile::kThreads>(kStageBarrier);
+      fill(tile + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
     };
     const auto end_tile = [&] {
       if (++stage == Tile::kStages) stage = 0;
@@ -1313,7 +1319,8 @@ template <typename Tile> struct mma_warp {
   /* O through shared memory, so that global stores are 16 bytes wide; live rows and dims only. */
   template <bool kGeneral>
   __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, unsigned char *shared) {
-    if (!Tile::kOwnRowsForO) __syncthreads();
+    if (Tile::kOwnRowsForO) __syncwarp(); /* lanes may still read Q where others write O */
+    else __syncthreads();
     const int chunk0 = (int)threadIdx.x / 32 / Tile::kRowWarps * (Tile::kColumns / 8);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)

@@ -648,7 +648,8 @@ public:
     const unsigned long long first = bad.read(), first_lse = bad_lse.read();
     if (first != kNone) return format("max error %.3g, allowed %.3g (lowref %.3g); ", max_out, limit, max_low) + describe_spot(w, (int64_t)first);
     // At 4e8 and more, fp32 logits are 32 apart: there the maximum rule is all that can be asked.
-    if (!equal_logits(c.data) && e.sum_out / live > 1.5 * e.sum_low / live + tiny) return format("mean error %.3g, lowref's is %.3g", e.sum_out / live, e.sum_low / live);
+    if (!equal_logits(c.data) && e.sum_out / live > 1.5 * e.sum_low / live + tiny)
+      return format("mean error %.3g, lowref's is %.3g", e.sum_out / live, e.sum_low / live);
     if (first_lse != kNone) return describe_lse(w, (int64_t)first_lse / w.dim);
     return "";
   }
