@@ -7,14 +7,14 @@
 // predicts stands beside the measured one. Exit code: 0 all right, 1 something differs or a shape has no backend, 2 a CUDA error.
 #include "../common/gpu_problem.cuh"
 
-// Predicted microseconds on an L4 (sm_89, 58 SMs) for the mma kernel, fp16. 0: no prediction.
+// Predicted microseconds on an L4 (sm_89, 58 SMs) for the mma kernel, fp16: see README, "A model of the L4". 0: no prediction.
 struct prediction {
   int batch, heads, seq, dim, causal;
   double us;
 };
 static const prediction kL4Predictions[] = {
-    {1, 8, 512, 64, 0, 0.},    {2, 8, 512, 64, 0, 0.},    {4, 32, 4096, 64, 0, 0.}, {4, 32, 4096, 64, 1, 0.},
-    {4, 16, 4096, 128, 0, 0.}, {4, 16, 4096, 128, 1, 0.}, {4, 8, 4096, 256, 0, 0.}, {4, 8, 4096, 256, 1, 0.},
+    {1, 8, 512, 64, 0, 9.8},      {2, 8, 512, 64, 0, 16.5},     {4, 32, 4096, 64, 0, 5610.}, {4, 32, 4096, 64, 1, 2805.},
+    {4, 16, 4096, 128, 0, 5670.}, {4, 16, 4096, 128, 1, 2835.}, {4, 8, 4096, 256, 0, 5240.}, {4, 8, 4096, 256, 1, 2620.},
 };
 
 enum { kF16 = FLASHCORE_F16, kBf16 = FLASHCORE_BF16, kF32 = FLASHCORE_F32, kTopLeft = FLASHCORE_CAUSAL_TOP_LEFT };
