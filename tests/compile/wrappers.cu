@@ -38,6 +38,7 @@ static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::mma_m16n8k16<__nv_bfloat16>);
   keep(table, count, &fc::pack2<__half>);
   keep(table, count, &fc::pack2<__nv_bfloat16>);
+  keep(table, count, &fc::barrier_sync<128>);
   keep(table, count, &fc::copy_chunk);
   keep(table, count, &fc::store_chunk);
 }
