@@ -25,7 +25,7 @@
  *   barrier                  arrivals per stage    who waits     what it hands over
  *   cp.async.wait_group      this thread's copies  each thread   its own chunks of K and V of this stage have landed
  *   kStageBarrier            all warps             all warps     everybody's chunks have landed; the previous stage may be filled again
- *   __syncthreads (start)    all warps             all warps     Q has landed; with kQRegistersReuse again: Q was read, K and V may take its place
+ *   __syncthreads (start)    all warps             all warps     kQRegistersReuse only: Q has landed, then Q was read and K and V may take its place
  *   __syncthreads (store)    all warps             all warps     nobody reads K, V or Q any more (where O does not lie in the warp's own rows of Q)
  *   __syncwarp (store)       32 lanes              32 lanes      O of the warp's rows lies in shared memory                                    */
 #ifndef FLASHCORE_WMMA_CUH
@@ -925,7 +925,7 @@ template <typename Tile> struct mma_warp {
   using tile_v = swizzled_tile<Tile::kRowBytesV>;
   static constexpr int kRowTiles = Tile::kRowTiles, kStep = Tile::kStep, kSteps = Tile::kBlockKv / kStep;
   static constexpr int kEdgeStep = kStep < 32 ? kStep : 32; /* finer at edges: less beyond the diagonal, and room for masks in the registers */
-  static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesS = kStep / 8, kTilesO = Tile::kColumns / 8;
+  static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesO = Tile::kColumns / 8;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
   /* A lane's part of a row sum may be this large before the reference moves: f16 terms then cannot overflow. The reference is put above the
    * maximum by a headroom, so that it seldom has to move again; its largest term is then 2^-kHeadroom, still exact. */
@@ -1107,7 +1107,7 @@ template <typename Tile> struct mma_warp {
           }
       }
   }
-  /* Move every row's reference to its maximum so far; o and l follow. */
+  /* Move every row's reference to its maximum so far and kHeadroom; o and l follow.   callers  all 32 lanes, converged */
   template <int kTiles> __forceinline__ __device__ void raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
     bool far = false;
 #pragma unroll
@@ -1226,7 +1226,9 @@ template <typename Tile> struct mma_warp {
 
   /* ---- the loop ---- */
 
-  /* All keys of the block's rows. Callers: all threads of the block, after load_q; on return shared memory is still being read by other warps. */
+  /* All keys of the block's rows.
+   *   callers  all threads of the block, after load_q and init; w: this warp's copy, in shared memory
+   *   implies  barriers of the whole block; on return other warps may still read shared memory */
   template <typename Rule>
   __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared,
                                            const Rule &rule) {
@@ -1247,7 +1249,7 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
     for (int i = 0; i < Tile::kStages - 1; ++i) fill(w.tile_begin + i, i);
     /* Tiles that every row of this warp sees in full have a loop of their own: its registers and instructions are the kernel's speed. */
-    int tile = w.tile_begin, stage = 0, done = 0; /* done: keys of this tile that inner_tile took */
+    int tile = w.tile_begin, stage = 0, done = 0; /* done: keys that inner_tile took of the tile it was last given */
     /* The stage of this tile is there, the one before it is free. */
     const auto begin_tile = [&] {
       cp_async_wait<Tile::kStages - 2>();
@@ -1258,7 +1260,7 @@ template <typename Tile> struct mma_warp {
       if (++stage == Tile::kStages) stage = 0;
       if (++tile < tile_end) begin_tile();
     };
-    begin_tile();
+    begin_tile(); /* without any key, too: Q must have landed before O is staged over it */
     if constexpr (Tile::kQ == kQRegisters) hold_q();
     if (!kGeneral && tile < tile_end) seed(stage_at(stage), a, plan, w, tile * Tile::kBlockKv);
     while (tile < tile_end) {
