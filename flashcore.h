@@ -1122,6 +1122,43 @@ static inline bool flashcore_arch_compiled(int device_arch, int min_arch) {
 #endif
 }
 
+/* Does the device run a kernel that needs min_arch, and does this file hold code for it? `kernel`: its name, for the refusal. */
+static inline flashcore_status flashcore_check_arch(const flashcore_device *device, const char *kernel, int min_arch, flashcore_error *error) {
+  if (device->arch < min_arch)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, min_arch,
+                            "the %s kernel for this dtype needs sm_%d, the device is sm_%d", kernel, min_arch, (int)device->arch);
+  if (!flashcore_arch_compiled(device->arch, min_arch))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, min_arch,
+                            "the %s kernel was not compiled for sm_%d (from sm_%d on)", kernel, (int)device->arch, min_arch);
+  return FLASHCORE_OK;
+}
+
+/* What the tensor-core kernels for 16-bit types all ask for: one type, an arch, keys that are neither paged nor split. */
+static inline flashcore_status flashcore_check_tensor_core(const flashcore_attention *a, const flashcore_device *device, const char *kernel,
+                                                           int min_arch, flashcore_error *error) {
+  if (a->dtype != FLASHCORE_F16 && a->dtype != FLASHCORE_BF16)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, 0, "dtype: the %s kernel serves fp16 and bf16, not %d", kernel,
+                            (int)a->dtype);
+  if (a->dtype_kv != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
+                            "dtype_kv: the %s kernel needs one type for all tensors (%d), not %d", kernel, (int)a->dtype, (int)a->dtype_kv);
+  if (a->dtype_o != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, a->dtype,
+                            "dtype_o: the %s kernel needs one type for all tensors (%d), not %d", kernel, (int)a->dtype, (int)a->dtype_o);
+  const flashcore_status status = flashcore_check_arch(device, kernel, min_arch, error);
+  if (status != FLASHCORE_OK) return status;
+  if (a->page_table)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0, "page_table: the %s kernel does not read paged K and V",
+                            kernel);
+  if (a->num_splits > 1)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", a->num_splits, 1,
+                            "num_splits: the %s kernel does not split the keys (%d asked)", kernel, (int)a->num_splits);
+  if (a->split_len > 0)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "split_len", a->split_len, 0,
+                            "split_len: the %s kernel does not split the keys (%d asked)", kernel, (int)a->split_len);
+  return FLASHCORE_OK;
+}
+
 /* Does the descriptor ask for more than ranges of keys? */
 static inline bool flashcore_has_rule(const flashcore_attention *a) { return a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits; }
 
@@ -1184,13 +1221,7 @@ static flashcore_status flashcore_simt_check(const flashcore_attention *a, const
   if (a->dtype_o > FLASHCORE_BF16)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, FLASHCORE_BF16,
                             "dtype_o: the simt kernel writes fp32, fp16 and bf16, not %d", (int)a->dtype_o);
-  if (device->arch < 75)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 75, "the simt kernel needs sm_75, the device is sm_%d",
-                            (int)device->arch);
-  if (!flashcore_arch_compiled(device->arch, 75))
-    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 75, "the simt kernel was not compiled for sm_%d",
-                            (int)device->arch);
-  return FLASHCORE_OK;
+  return flashcore_check_arch(device, "simt", 75, error);
 }
 
 /* Parts and keys per part into param[0], param[1]; 0 parts: O is written without a merge. A split length always merges, even one part,

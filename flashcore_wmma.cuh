@@ -494,27 +494,9 @@ static flashcore_status flashcore_wmma_aligned(const flashcore_tensor *t, bool p
   return FLASHCORE_OK;
 }
 
-static flashcore_status flashcore_wmma_check_types(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
-  if (a->dtype != FLASHCORE_F16 && a->dtype != FLASHCORE_BF16)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, 0, "dtype: the wmma kernel serves fp16 and bf16, not %d",
-                            (int)a->dtype);
-  if (a->dtype_kv != a->dtype)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
-                            "dtype_kv: the wmma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_kv);
-  if (a->dtype_o != a->dtype)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, a->dtype,
-                            "dtype_o: the wmma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_o);
-  const int min_arch = a->dtype == FLASHCORE_BF16 ? 80 : 75;
-  if (device->arch < min_arch)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, min_arch,
-                            "the wmma kernel for this dtype needs sm_%d, the device is sm_%d", min_arch, (int)device->arch);
-  if (!flashcore_arch_compiled(device->arch, min_arch))
-    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, min_arch,
-                            "the wmma kernel was not compiled for sm_%d (from sm_%d on)", (int)device->arch, min_arch);
-  return FLASHCORE_OK;
-}
-
-static flashcore_status flashcore_wmma_check_shape(const flashcore_attention *a, flashcore_error *error) {
+static flashcore_status flashcore_wmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  flashcore_status status = flashcore_check_tensor_core(a, device, "wmma", a->dtype == FLASHCORE_BF16 ? 80 : 75, error);
+  if (status != FLASHCORE_OK) return status;
   const int32_t dims[2] = {a->dim_qk, a->dim_v};
   for (int i = 0; i < 2; ++i) {
     const char *field = i ? "dim_v" : "dim_qk";
@@ -522,19 +504,11 @@ static flashcore_status flashcore_wmma_check_shape(const flashcore_attention *a,
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, field, dims[i], FLASHCORE_WMMA_MAX_DIM,
                               "%s: the wmma kernel serves multiples of 8 up to %d, not %d", field, (int)FLASHCORE_WMMA_MAX_DIM, (int)dims[i]);
   }
-  if (a->page_table)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0, "page_table: the wmma kernel does not read paged K and V");
-  if (a->num_splits > 1)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", a->num_splits, 1,
-                            "num_splits: the wmma kernel does not split the keys (%d asked)", (int)a->num_splits);
-  if (a->split_len > 0)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "split_len", a->split_len, 0,
-                            "split_len: the wmma kernel does not split the keys (%d asked)", (int)a->split_len);
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {
     const bool packed = i == 0 || i == 3 ? a->cu_seqlens_q != nullptr : a->cu_seqlens_kv != nullptr;
-    const flashcore_status status = flashcore_wmma_aligned(tensors[i], packed, names[i], error);
+    status = flashcore_wmma_aligned(tensors[i], packed, names[i], error);
     if (status != FLASHCORE_OK) return status;
   }
   return FLASHCORE_OK;
@@ -560,8 +534,7 @@ template <typename T> static void flashcore_wmma_select(int dim, bool rule, int 
 
 static flashcore_status flashcore_wmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                             flashcore_error *error) {
-  flashcore_status status = flashcore_wmma_check_types(a, device, error);
-  if (status == FLASHCORE_OK) status = flashcore_wmma_check_shape(a, error);
+  const flashcore_status status = flashcore_wmma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
   *plan = flashcore_plan();
   const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v, stages = device->arch >= 80 ? 2 : 1;
@@ -1406,26 +1379,8 @@ static int flashcore_mma_align(const flashcore_tensor *t, int32_t batch, int32_t
 }
 
 static flashcore_status flashcore_mma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
-  if (a->dtype != FLASHCORE_F16 && a->dtype != FLASHCORE_BF16)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, 0, "dtype: the mma kernel serves fp16 and bf16, not %d",
-                            (int)a->dtype);
-  if (a->dtype_kv != a->dtype)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
-                            "dtype_kv: the mma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_kv);
-  if (a->dtype_o != a->dtype)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, a->dtype,
-                            "dtype_o: the mma kernel needs one type for all tensors (%d), not %d", (int)a->dtype, (int)a->dtype_o);
-  if (device->arch < 80)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 80, "the mma kernel needs sm_80, the device is sm_%d",
-                            (int)device->arch);
-  if (!flashcore_arch_compiled(device->arch, 80))
-    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 80,
-                            "the mma kernel was not compiled for sm_%d (from sm_80 on)", (int)device->arch);
-  if (a->page_table)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0, "page_table: the mma kernel does not read paged K and V");
-  if (a->num_splits > 1 || a->split_len > 0)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, a->split_len > 0 ? "split_len" : "num_splits",
-                            a->split_len > 0 ? a->split_len : a->num_splits, 1, "the mma kernel does not split the keys");
+  const flashcore_status status = flashcore_check_tensor_core(a, device, "mma", 80, error);
+  if (status != FLASHCORE_OK) return status;
   const int32_t dims[2] = {a->dim_qk, a->dim_v};
   for (int i = 0; i < 2; ++i)
     if (dims[i] % 8)

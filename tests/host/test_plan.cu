@@ -1,0 +1,101 @@
+/* Demonstrates what the tensor-core backends of flashcore_wmma.cuh refuse, and in which words. Needs nvcc, no GPU: a plan is arithmetic.
+ *   nvcc -std=c++17 -arch=compute_89 -I<repository> tests/host/test_plan.cu */
+#define FLASHCORE_IMPLEMENTATION
+#define FLASHCORE_NO_F32  /* one element type compiles sooner */
+#define FLASHCORE_NO_BF16 /* what is said of bf16 here is said before a kernel is looked for */
+#include "flashcore_wmma.cuh"
+
+#include "check.h"
+
+static const int32_t tensor_core[] = {FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA};
+
+/* A problem that both plan for. Nothing is read through its addresses. */
+static flashcore_attention accepted() {
+  flashcore_attention a;
+  flashcore_init(&a);
+  a.dtype = FLASHCORE_F16;
+  a.batch = a.heads_q = a.heads_kv = 2;
+  a.seq_q = a.seq_kv = 2;
+  a.dim_qk = a.dim_v = 64;
+  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
+  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), 2, 2, 64);
+  return a;
+}
+
+/* What flashcore_forward would answer on a GPU of that arch, with the SMs of an L4. */
+static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {
+  const flashcore_device device = {0, arch, 58, 99 * 1024, 100 * 1024};
+  const flashcore_backend_ops *ops;
+  flashcore_attention resolved;
+  const flashcore_status status = flashcore_validate(&a, error);
+  if (status != FLASHCORE_OK) return status;
+  flashcore_resolve(&a, &resolved);
+  return flashcore_plan_backend(&resolved, backend, &device, plan, &ops, error);
+}
+
+static void page(flashcore_attention &a) {
+  static int32_t table[2];
+  a.page_table = table, a.page_size = 2, a.num_pages = 2;
+}
+
+struct refusal {
+  const char *name;
+  void (*change)(flashcore_attention &);
+  int32_t arch;
+  flashcore_status status;
+  const char *field;
+  int64_t value, limit;
+};
+static const refusal refusals[] = {
+    {"fp32", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, 0},
+    {"fp8", [](flashcore_attention &a) { a.dtype = FLASHCORE_E4M3; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_E4M3, 0},
+    {"K and V of another type", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_BF16; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv",
+     FLASHCORE_BF16, FLASHCORE_F16},
+    {"O of another type", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_F32,
+     FLASHCORE_F16},
+    {"bf16 on Turing", [](flashcore_attention &a) { a.dtype = FLASHCORE_BF16; }, 75, FLASHCORE_UNSUPPORTED_ARCH, "device", 75, 80},
+    {"an arch without code", [](flashcore_attention &a) { a.dtype = FLASHCORE_BF16; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "device", 90, 80},
+    {"pages", page, 89, FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0},
+    {"num_splits", [](flashcore_attention &a) { a.num_splits = 3; }, 89, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", 3, 1},
+    {"split_len", [](flashcore_attention &a) { a.split_len = 64; }, 89, FLASHCORE_UNSUPPORTED_FEATURE, "split_len", 64, 0},
+};
+
+static void accepted_problem_is_planned() {
+  for (const int32_t backend : tensor_core) {
+    flashcore_plan plan;
+    CHECK(plan_on(89, accepted(), backend, &plan, nullptr) == FLASHCORE_OK && plan.kernel && plan.d.backend == backend);
+  }
+}
+
+static void tensor_core_backends_refuse_alike_and_by_name() {
+  for (const int32_t backend : tensor_core)
+    for (const refusal &x : refusals) {
+      flashcore_attention a = accepted();
+      flashcore_plan plan;
+      flashcore_error error = {};
+      x.change(a);
+      const char *name = flashcore_backend_string((flashcore_backend)backend);
+      const bool same = plan_on(x.arch, a, backend, &plan, &error) == x.status && !strcmp(error.field, x.field);
+      char kernel[32];
+      snprintf(kernel, sizeof kernel, "the %s kernel", name);
+      if (!CHECK(same && error.value == x.value && error.limit == x.limit && strstr(error.message, kernel)))
+        printf("  %s, %s: %s (%s, value %lld, limit %lld)\n", name, x.name, error.message, error.field, (long long)error.value,
+               (long long)error.limit);
+    }
+}
+
+static void simt_refuses_an_arch_by_name() {
+  flashcore_plan plan;
+  flashcore_error error = {};
+  CHECK(plan_on(70, accepted(), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_UNSUPPORTED_ARCH);
+  CHECK(!strcmp(error.field, "device") && error.value == 70 && error.limit == 75 && strstr(error.message, "the simt kernel"));
+  CHECK(plan_on(90, accepted(), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_BACKEND_NOT_COMPILED);
+  CHECK(!strcmp(error.field, "device") && error.value == 90 && error.limit == 75 && strstr(error.message, "the simt kernel"));
+}
+
+int main() {
+  RUN(accepted_problem_is_planned);
+  RUN(tensor_core_backends_refuse_alike_and_by_name);
+  RUN(simt_refuses_an_arch_by_name);
+  return check_end();
+}
