@@ -1061,8 +1061,7 @@ FLASHCORE_KERNEL void __launch_bounds__(32 * kWarps)
 typedef struct flashcore_device {
   int32_t ordinal, arch; /* arch: 10 * major + minor */
   int32_t sm_count;
-  int32_t shared_per_block; /* opt-in limit, bytes */
-  int32_t shared_per_sm;
+  int32_t shared_per_sm; /* bytes */
 } flashcore_device;
 
 /* One backend's decision for one problem: pure arithmetic, nothing launched. */
@@ -1862,7 +1861,6 @@ static flashcore_status flashcore_query_device(int ordinal, flashcore_device *de
   } queries[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                  {cudaDevAttrComputeCapabilityMinor, &minor},
                  {cudaDevAttrMultiProcessorCount, &device->sm_count},
-                 {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_per_block},
                  {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &device->shared_per_sm}};
   for (const auto &query : queries) {
     const cudaError_t failed = cudaDeviceGetAttribute(query.value, query.attribute, ordinal);

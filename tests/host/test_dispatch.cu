@@ -24,7 +24,7 @@ static flashcore_backend_ops bf16_file = {FLASHCORE_BACKEND_MMA, plan_bf16, null
 
 static flashcore_status ask(int32_t backend, int32_t dtype, int32_t dim, const flashcore_backend_ops **ops, flashcore_plan *plan,
                             flashcore_error *error) {
-  const flashcore_device device = {0, 89, 58, 99 * 1024, 100 * 1024};
+  const flashcore_device device = {0, 89, 58, 100 * 1024};
   flashcore_attention a;
   flashcore_init(&a);
   a.dtype = a.dtype_kv = a.dtype_o = dtype;

@@ -24,7 +24,7 @@ static flashcore_attention accepted() {
 
 /* What flashcore_forward would answer on a GPU of that arch, with the SMs of an L4. */
 static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {
-  const flashcore_device device = {0, arch, 58, 99 * 1024, 100 * 1024};
+  const flashcore_device device = {0, arch, 58, 100 * 1024};
   const flashcore_backend_ops *ops;
   flashcore_attention resolved;
   const flashcore_status status = flashcore_validate(&a, error);
