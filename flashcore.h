@@ -173,7 +173,8 @@ typedef enum flashcore_backend {
 } flashcore_backend;
 
 /* A (batch, seq, heads, dim) tensor in any memory order. Strides are in elements; the last dim is contiguous.
- * Strides of inputs may be 0 (broadcast) or negative. Packed sequences (cu_seqlens) ignore stride_b; paged K and V: stride_b is from page to page. */
+ * Strides of inputs may be 0 (broadcast) or negative. Packed sequences (cu_seqlens) ignore stride_b; paged K and V: stride_b is from page to page.
+ * A stride along a dim of extent 1 is never looked at. */
 typedef struct flashcore_tensor {
   void *data; /* inputs are only read */
   int64_t stride_b, stride_s, stride_h;
@@ -355,8 +356,32 @@ FLASHCORE_INLINE int32_t flashcore_window_side(const flashcore_attention *a, int
   return !a->window || side < 0 || side > FLASHCORE_UNBOUNDED ? FLASHCORE_UNBOUNDED : side;
 }
 
-/* A valid descriptor with its defaults written out: kernels and the reference see no other. Call it before you launch a kernel of your own. */
+/* How far the strides reach: packed rows are one batch entry, pages are batch entries of page_size rows. */
+typedef struct flashcore_extents {
+  int64_t batch_q, rows_q, batch_kv, rows_kv;
+} flashcore_extents;
+
+FLASHCORE_INLINE flashcore_extents flashcore_extents_of(const flashcore_attention *a) {
+  flashcore_extents e;
+  e.batch_q = a->cu_seqlens_q ? 1 : a->batch;
+  e.rows_q = a->cu_seqlens_q ? a->total_q : a->seq_q;
+  e.batch_kv = a->cu_seqlens_kv ? 1 : a->page_table ? a->num_pages : a->batch;
+  e.rows_kv = a->cu_seqlens_kv ? a->total_kv : a->page_table ? a->page_size : a->seq_kv;
+  return e;
+}
+
+/* WHY: a stride that only ever meets index 0 may be anything, but kernels form addresses of rows past the end too, and even a copy of no bytes wants
+ * an aligned one. As 0 it does no harm. */
+FLASHCORE_INLINE void flashcore_resolve_strides(flashcore_tensor *t, int64_t batch, int64_t rows, int32_t heads) {
+  if (batch <= 1) t->stride_b = 0;
+  if (rows <= 1) t->stride_s = 0;
+  if (heads <= 1) t->stride_h = 0;
+}
+
+/* A valid descriptor with its defaults written out, and 0 for strides that nothing steps along: kernels and the reference see no other. Call it
+ * before you launch a kernel of your own. */
 FLASHCORE_INLINE void flashcore_resolve(const flashcore_attention *in, flashcore_attention *out) {
+  const flashcore_extents e = flashcore_extents_of(in);
   *out = *in;
   out->dtype_kv = flashcore_kv_dtype(in);
   out->dtype_o = flashcore_o_dtype(in);
@@ -364,6 +389,10 @@ FLASHCORE_INLINE void flashcore_resolve(const flashcore_attention *in, flashcore
   if (in->scale == 0.f) out->scale = (float)(1.0 / sqrt((double)in->dim_qk));
   out->window_left = flashcore_window_side(in, in->window_left);
   out->window_right = flashcore_window_side(in, in->window_right);
+  flashcore_resolve_strides(&out->q, e.batch_q, e.rows_q, in->heads_q);
+  flashcore_resolve_strides(&out->k, e.batch_kv, e.rows_kv, in->heads_kv);
+  flashcore_resolve_strides(&out->v, e.batch_kv, e.rows_kv, in->heads_kv);
+  flashcore_resolve_strides(&out->o, e.batch_q, e.rows_q, in->heads_q);
 }
 
 /* One batch entry: its lengths and where its rows start, in elements from the tensor's base (heads not included). */
@@ -1484,9 +1513,7 @@ static flashcore_status flashcore_validate_pages(const flashcore_attention *a, f
 static flashcore_status flashcore_validate_tensors(const flashcore_attention *a, flashcore_error *error) {
   const int32_t q_bytes = flashcore_dtype_bytes(a->dtype), kv_bytes = flashcore_dtype_bytes(flashcore_kv_dtype(a));
   const int32_t o_bytes = flashcore_dtype_bytes(flashcore_o_dtype(a)), has_keys = a->seq_kv > 0;
-  const int64_t batch_q = a->cu_seqlens_q ? 1 : a->batch, rows_q = a->cu_seqlens_q ? a->total_q : a->seq_q;
-  const int64_t batch_kv = a->cu_seqlens_kv ? 1 : a->page_table ? a->num_pages : a->batch;
-  const int64_t rows_kv = a->cu_seqlens_kv ? a->total_kv : a->page_table ? a->page_size : a->seq_kv;
+  const flashcore_extents e = flashcore_extents_of(a);
   const flashcore_pointer pointers[] = {
       {"q.data", a->q.data, q_bytes, 1},
       {"k.data", a->k.data, kv_bytes, has_keys},
@@ -1495,15 +1522,15 @@ static flashcore_status flashcore_validate_tensors(const flashcore_attention *a,
       {"lse", a->lse, 4, 0},
   };
   const flashcore_stride inputs[] = {
-      {"q.stride_b", a->q.stride_b, batch_q, q_bytes},      {"q.stride_s", a->q.stride_s, rows_q, q_bytes},
-      {"q.stride_h", a->q.stride_h, a->heads_q, q_bytes},   {"k.stride_b", a->k.stride_b, batch_kv, kv_bytes},
-      {"k.stride_s", a->k.stride_s, rows_kv, kv_bytes},     {"k.stride_h", a->k.stride_h, a->heads_kv, kv_bytes},
-      {"v.stride_b", a->v.stride_b, batch_kv, kv_bytes},    {"v.stride_s", a->v.stride_s, rows_kv, kv_bytes},
+      {"q.stride_b", a->q.stride_b, e.batch_q, q_bytes},    {"q.stride_s", a->q.stride_s, e.rows_q, q_bytes},
+      {"q.stride_h", a->q.stride_h, a->heads_q, q_bytes},   {"k.stride_b", a->k.stride_b, e.batch_kv, kv_bytes},
+      {"k.stride_s", a->k.stride_s, e.rows_kv, kv_bytes},   {"k.stride_h", a->k.stride_h, a->heads_kv, kv_bytes},
+      {"v.stride_b", a->v.stride_b, e.batch_kv, kv_bytes},  {"v.stride_s", a->v.stride_s, e.rows_kv, kv_bytes},
       {"v.stride_h", a->v.stride_h, a->heads_kv, kv_bytes},
   };
   const flashcore_stride outputs[] = {
-      {"o.stride_b", a->o.stride_b, batch_q, o_bytes},
-      {"o.stride_s", a->o.stride_s, rows_q, o_bytes},
+      {"o.stride_b", a->o.stride_b, e.batch_q, o_bytes},
+      {"o.stride_s", a->o.stride_s, e.rows_q, o_bytes},
       {"o.stride_h", a->o.stride_h, a->heads_q, o_bytes},
   };
   FLASHCORE_TRY(flashcore_check_pointers(pointers, FLASHCORE_COUNT(pointers), error));

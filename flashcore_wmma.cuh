@@ -481,12 +481,12 @@ FLASHCORE_KERNEL void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
 enum { FLASHCORE_WMMA_MAX_DIM = 128 };
 
 /* Kernels read and write rows in 16-byte pieces: base and strides must be multiples of 8 elements. */
-static flashcore_status flashcore_wmma_aligned(const flashcore_tensor *t, bool packed, const char *field, flashcore_error *error) {
+static flashcore_status flashcore_wmma_aligned(const flashcore_tensor *t, const char *field, flashcore_error *error) {
   const int64_t address = (int64_t)(reinterpret_cast<uintptr_t>(t->data) & 15u);
   if (address)
     return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, address, 16,
                             "%s: the wmma kernel needs a 16-byte aligned address (address %% 16 = %d)", field, (int)address);
-  const int64_t strides[3] = {packed ? 0 : t->stride_b, t->stride_s, t->stride_h};
+  const int64_t strides[3] = {t->stride_b, t->stride_s, t->stride_h};
   for (int64_t stride : strides)
     if (stride % 8)
       return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, stride, 8,
@@ -507,8 +507,7 @@ static flashcore_status flashcore_wmma_check(const flashcore_attention *a, const
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {
-    const bool packed = i == 0 || i == 3 ? a->cu_seqlens_q != nullptr : a->cu_seqlens_kv != nullptr;
-    status = flashcore_wmma_aligned(tensors[i], packed, names[i], error);
+    status = flashcore_wmma_aligned(tensors[i], names[i], error);
     if (status != FLASHCORE_OK) return status;
   }
   return FLASHCORE_OK;
@@ -1371,10 +1370,12 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
-/* Bytes that a tensor's rows are all multiples of: 16, 8, 4 or 2. A stride along a dim of extent 1 does not matter. */
-static int flashcore_mma_align(const flashcore_tensor *t, int32_t batch, int32_t seq, int32_t heads) {
-  const int64_t strides = (batch > 1 ? t->stride_b : 0) | (seq > 1 ? t->stride_s : 0) | (heads > 1 ? t->stride_h : 0);
-  const uint64_t bits = (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)strides | 16u;
+/* Bytes that the addresses of all rows are multiples of: 16, 8, 4 or 2. */
+static int flashcore_mma_align(const flashcore_attention *a) {
+  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
+  uint64_t bits = 16;
+  for (const flashcore_tensor *t : tensors)
+    bits |= (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)(t->stride_b | t->stride_s | t->stride_h);
   return (int)(bits & (~bits + 1));
 }
 
@@ -1471,11 +1472,7 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
                                            flashcore_error *error) {
   const flashcore_status status = flashcore_mma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
-  const int32_t batch_q = a->cu_seqlens_q ? 1 : a->batch, batch_kv = a->cu_seqlens_kv ? 1 : a->batch; /* packed: stride_b is not used */
-  const int aligns[4] = {flashcore_mma_align(&a->q, batch_q, a->seq_q, a->heads_q), flashcore_mma_align(&a->k, batch_kv, a->seq_kv, a->heads_kv),
-                         flashcore_mma_align(&a->v, batch_kv, a->seq_kv, a->heads_kv), flashcore_mma_align(&a->o, batch_q, a->seq_q, a->heads_q)};
-  int align = 16;
-  for (int bytes : aligns) align = bytes < align ? bytes : align;
+  const int align = flashcore_mma_align(a);
   const bool general = align < 16 || flashcore_has_rule(a);
   bool found = false;
 #if !defined(FLASHCORE_NO_F16)

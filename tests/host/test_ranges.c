@@ -152,6 +152,25 @@ static void defaults_are_written_out_once(void) {
   CHECK(resolved.dtype_kv == FLASHCORE_E4M3 && resolved.dtype_o == FLASHCORE_BF16 && resolved.scale == 0.5f);
 }
 
+static void strides_that_nothing_steps_along_become_0(void) {
+  static int32_t ints[4];
+  flashcore_attention a, r;
+  flashcore_init(&a);
+  a.dtype = FLASHCORE_F32, a.dim_qk = 8;
+  a.batch = 1, a.heads_q = 4, a.heads_kv = 1, a.seq_q = 1, a.seq_kv = 2;
+  a.q = a.k = a.v = a.o = flashcore_strided(ints, 3, 5, 7);
+  flashcore_resolve(&a, &r);
+  CHECK(r.q.stride_b == 0 && r.q.stride_s == 0 && r.q.stride_h == 7 && r.o.stride_b == 0 && r.o.stride_s == 0 && r.o.stride_h == 7);
+  CHECK(r.k.stride_b == 0 && r.k.stride_s == 5 && r.k.stride_h == 0 && r.v.stride_b == 0 && r.v.stride_s == 5 && r.v.stride_h == 0);
+  CHECK(r.q.data == ints && r.k.data == ints);
+
+  a.batch = 2, a.cu_seqlens_q = ints, a.total_q = 2; /* packed: rows are counted in all, batch entries not at all */
+  a.page_table = ints, a.num_pages = 3, a.page_size = 1;
+  flashcore_resolve(&a, &r);
+  CHECK(r.q.stride_b == 0 && r.q.stride_s == 5 && r.o.stride_b == 0 && r.o.stride_s == 5);
+  CHECK(r.k.stride_b == 3 && r.k.stride_s == 0 && r.v.stride_b == 3 && r.v.stride_s == 0);
+}
+
 int main(void) {
   RUN(visible_keys_match_brute_force_and_never_fall);
   RUN(visible_keys_hold_at_the_longest_sequences);
@@ -162,5 +181,6 @@ int main(void) {
   RUN(pages_outside_the_pool_are_not_there);
   RUN(any_offset_may_be_a_key);
   RUN(defaults_are_written_out_once);
+  RUN(strides_that_nothing_steps_along_become_0);
   return check_end();
 }
