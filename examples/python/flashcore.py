@@ -107,6 +107,8 @@ def load(path):
     lib.flashcore_workspace_size.argtypes = [a, c_int, POINTER(c_size_t), error]
     lib.flashcore_forward.argtypes = [a, c_void_p, error]
     lib.flashcore_describe.argtypes = [a, c_int, POINTER(Description), error]
+    lib.flashcore_forward_l4.argtypes = [a, c_void_p, error]
+    lib.flashcore_describe_l4.argtypes = [a, POINTER(Description), error]
     return lib
 
 
@@ -140,14 +142,15 @@ class Attention:
 
     q, k, v: (batch, seq, heads, dim), or (total, heads, dim) with cu_seqlens_q, cu_seqlens_kv, max_seq_q, max_seq_kv. o, lse: outputs, made if None.
     causal: False, True (bottom-right) or "top-left"; window: (left, right), -1 for unbounded; bias: (batch, heads, seq_q, seq_kv), sizes 1 broadcast.
+    l4: a measurement, see race.py --l4.
     """
 
     def __init__(self, q, k, v, *, o=None, lse=None, causal=False, window=None, scale=0.0, softcap=0.0, alibi_slopes=None, bias=None, sink=None,
                  lse_base2=False, cu_seqlens_q=None, cu_seqlens_kv=None, max_seq_q=0, max_seq_kv=0, seqlens_q=None, seqlens_kv=None,
-                 backend="auto", num_splits=0, split_len=0, lib=None):
+                 backend="auto", num_splits=0, split_len=0, l4=False, lib=None):
         import torch
 
-        self.lib, self.torch = lib or library(), torch
+        self.lib, self.torch, self.l4 = lib or library(), torch, l4
         self.o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device) if o is None else o
         self.lse, self.kept = lse, [q, k, v, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv, seqlens_q, seqlens_kv]
         a = self.a = AttentionStruct()
@@ -189,12 +192,16 @@ class Attention:
             raise FlashCoreError(error.message.decode())
 
     def __call__(self):
-        self._call(self.lib.flashcore_forward, c_void_p(self.torch.cuda.current_stream().cuda_stream))
+        forward = self.lib.flashcore_forward_l4 if self.l4 else self.lib.flashcore_forward
+        self._call(forward, c_void_p(self.torch.cuda.current_stream().cuda_stream))
         return self.o
 
     def describe(self):
         what = Description()
-        self._call(self.lib.flashcore_describe, -1, byref(what))
+        if self.l4:
+            self._call(self.lib.flashcore_describe_l4, byref(what))
+        else:
+            self._call(self.lib.flashcore_describe, -1, byref(what))
         return what
 
 

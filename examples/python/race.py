@@ -4,10 +4,14 @@
     python3 examples/python/race.py                                     prefill: batch * seq = 16384, heads * dim = 2048
     python3 examples/python/race.py --small --csv small.csv             short problems, in microseconds
     python3 examples/python/race.py --dims 64 --seqs 512,4096 --causal yes --dtype bf16 --backend wmma
+    python3 examples/python/race.py --l4                                FlashCore in an L4's shared memory, the peers not limited
 
 Needs PyTorch with CUDA and nvcc. Every contender reads the same (batch, seq, heads, dim) tensors of normal random numbers; SDPA gets them as transposed
 views. Each output is compared with fp64 math on sampled rows in the same run. Times are CUDA-graph replays between events, contenders in turn, median of
 rounds. TFLOP/s = 4 batch heads seq^2 dim / time, half of it when causal. A ratio is FlashCore's speed over the peer's. Exit code 1: a wrong output.
+
+--l4: FlashCore takes the tiles that it takes where an SM has 100 KiB of shared memory, and asks for so much per block that only as many blocks share
+an SM as would on an L4; registers, clocks, bandwidth and the number of SMs stay this GPU's. The peers keep all of its shared memory.
 """
 import argparse
 import csv
@@ -35,9 +39,9 @@ def shapes(args):
     return [(max(1, args.tokens // seq), max(1, args.width // dim), seq, dim, c) for dim in args.dims for c in causal for seq in args.seqs]
 
 
-def contenders(q, k, v, causal, backend):
+def contenders(q, k, v, causal, args):
     """name -> function that launches once and returns (batch, seq, heads, dim). A peer that refuses the shape is left out."""
-    ours = flashcore.Attention(q, k, v, causal=causal, backend=backend)
+    ours = flashcore.Attention(q, k, v, causal=causal, backend=args.backend, l4=args.l4)
     functions = {"FlashCore": ours}
     views = [x.transpose(1, 2) for x in (q, k, v)]
     for name, which in PEERS.items():
@@ -108,12 +112,12 @@ def run_shape(shape, args):
     """One row: times, errors, the kernel."""
     batch, heads, seq, dim, causal = shape
     q, k, v = (torch.randn(batch, seq, heads, dim, device="cuda", dtype=DTYPES[args.dtype]) for _ in range(3))
-    functions, what = contenders(q, k, v, causal, args.backend)
+    functions, what = contenders(q, k, v, causal, args)
     errors = {name: sample_error(f(), q, k, v, causal) for name, f in functions.items()}
     us = race(functions, args.small, args.rounds)
     flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
     return {"shape": shape, "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
-            "ratio": {n: t / us["FlashCore"] for n, t in us.items()}, "kernel": what.kernel.decode(),
+            "ratio": {n: t / us["FlashCore"] for n, t in us.items()}, "kernel": what.kernel.decode() + (f", {what.blocks_per_sm} per SM" if args.l4 else ""),
             "right": errors["FlashCore"] <= 3 * UNIT[args.dtype]}
 
 
@@ -166,6 +170,8 @@ def main():
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--backend", choices=flashcore.BACKENDS, default="auto")
+    parser.add_argument("--l4", action="store_true", help="FlashCore in an L4's shared memory, 100 KiB per SM: its tiles and its number of blocks per SM; "
+                                                          "the peers are not limited")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--csv")
     args = parser.parse_args()
@@ -173,6 +179,8 @@ def main():
     torch.manual_seed(0)
     unit = "us" if args.small else "TFLOP/s"
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {args.dtype}")
+    if args.l4:
+        print("# FlashCore in an L4's shared memory: tiles for 100 KiB per SM, only as many blocks per SM as fit there; the peers are not limited")
     print(f"# ratio FlashCore over {', '.join(PEERS)} | {unit} of FlashCore, {', '.join(PEERS)} | relative error of FlashCore, worst peer | kernel")
     print("#  D causal batch heads    seq")
     rows = []
