@@ -482,8 +482,10 @@ FLASHCORE_INLINE int flashcore_dtype_bytes(int32_t dtype) {
 /* Feature tests on the device, always defined, 0 or 1 (0 in the host pass). */
 #if defined(__CUDA_ARCH__)
 #define FLASHCORE_HAS_SM80 (__CUDA_ARCH__ >= 800)
+#define FLASHCORE_HAS_SM90 (__CUDA_ARCH__ >= 900)
 #else
 #define FLASHCORE_HAS_SM80 0
+#define FLASHCORE_HAS_SM90 0
 #endif
 
 namespace flashcore {
@@ -664,6 +666,39 @@ template <int kPending> FLASHCORE_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
+
+#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+/* A barrier in shared memory that completes a phase whenever `arrivals` have come; 8 bytes, 8-aligned. Unlike bar.sync it lets those who arrive go on.
+ *   ptx      mbarrier, sm_80, PTX 7.0; try_wait sm_90, PTX 7.8
+ *   shapes   barrier: 32-bit shared address; parity: 0 for phases 0, 2, 4 ... A wait for parity 1 passes before the first phase has completed
+ *   callers  init: one thread, then a barrier of the block; arrive: any thread; wait: whole warps, which return converged
+ *   orders   memory accesses before arrive come before those after the wait */
+FLASHCORE_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+FLASHCORE_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(barrier) : "memory");
+}
+FLASHCORE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+#if FLASHCORE_HAS_SM90
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#else
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+#endif
+  } while (!done);
+  __syncwarp();
+}
+/* Arrives, once all cp.async that this thread has issued are complete.   ptx  cp.async.mbarrier.arrive.noinc, sm_80, PTX 7.0 */
+FLASHCORE_DEVICE void cp_async_arrive(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory"); }
+#endif
 
 /* A tile of rows in shared memory whose 16-byte chunks are permuted, so that eight consecutive rows of one chunk column lie in distinct
  * banks (ldmatrix reads them so) for every row length that is a multiple of 16 bytes: chunk c of row r is stored at chunk c ^ f(r).

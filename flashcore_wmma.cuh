@@ -17,15 +17,17 @@
  * The algorithm of section 7, for 16 kRowTiles query rows per warp; m: reference, l: sum of terms, in the letters of the code:
  *   for each stage of keys:   s = Q K^T           mma, accumulators in registers
  *                             p = exp2(s c - m)   against the reference as it stands; the row sums bound every term
- *                             if a sum is large:  m = max(m, max s c); o, l scaled along; p again           (rare; always at edges)
+ *                             if a sum is large:  m = max(m, max s c + headroom); o, l scaled along; p again   (rare)
  *                             l += sum p;  o += P V                                                        P never leaves the registers
  *   o / l, through shared memory for wide stores
  *
  * Barrier ledger of section 7:
  *   barrier                  arrivals per stage    who waits     what it hands over
  *   cp.async.wait_group      this thread's copies  each thread   its own chunks of K and V of this stage have landed
- *   kStageBarrier            all warps             all warps     everybody's chunks have landed; the previous stage may be filled again
- *   __syncthreads (start)    all warps             all warps     kQRegistersReuse only: Q has landed, then Q was read and K and V may take its place
+ *   kStageBarrier            all warps             all warps     two stages: everybody's chunks have landed, and the other stage may be filled again
+ *   full[stage]              all threads (async)   all warps     loose stages: all chunks have landed              parity: of the round
+ *   free[stage]              1 per warp            all warps     loose stages: it was read and may be filled again   parity: of the round before
+ *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: Q was read, K and V may take its place
  *   __syncthreads (store)    all warps             all warps     nobody reads K, V or Q any more (where O does not lie in the warp's own rows of Q)
  *   __syncwarp (store)       32 lanes              32 lanes      O of the warp's rows lies in shared memory                                    */
 #ifndef FLASHCORE_WMMA_CUH
@@ -637,6 +639,16 @@ template <> __forceinline__ __device__ uint32_t pack2<__nv_bfloat16>(float lo, f
   return r;
 }
 
+/* What pack2 made of them. */
+template <typename T> FLASHCORE_DEVICE void unpack2(uint32_t x, float &lo, float &hi);
+template <> __forceinline__ __device__ void unpack2<__half>(uint32_t x, float &lo, float &hi) {
+  asm("{\n\t.reg .b16 a, b;\n\tmov.b32 {a, b}, %2;\n\tcvt.f32.f16 %0, a;\n\tcvt.f32.f16 %1, b;\n\t}" : "=f"(lo), "=f"(hi) : "r"(x));
+}
+template <> __forceinline__ __device__ void unpack2<__nv_bfloat16>(uint32_t x, float &lo, float &hi) {
+  lo = __uint_as_float(x << 16);
+  hi = __uint_as_float(x & 0xffff0000u);
+}
+
 #endif /* FLASHCORE_HAS_SM80 */
 
 /* Row and column of element i of an m16n8 accumulator. */
@@ -650,10 +662,10 @@ struct mma_accumulator {
  * ================================================================================================================================ */
 
 /* Wait for kThreads threads of the block; warps may arrive from different places in the code, which __syncthreads does not allow.
- *   ptx      bar.sync, sm_70     callers  whole warps     orders  shared memory among the threads that took part */
+ *   ptx      barrier.sync, sm_70     callers  whole warps     orders  shared memory among the threads that took part */
 enum mma_barrier { kStageBarrier = 1 }; /* 0 belongs to __syncthreads */
-template <int kThreads> FLASHCORE_DEVICE void barrier_sync(mma_barrier barrier) {
-  asm volatile("bar.sync %0, %1;" ::"r"((int)barrier), "n"(kThreads) : "memory");
+template <mma_barrier kBarrier, int kThreads> FLASHCORE_DEVICE void barrier_sync() {
+  asm volatile("barrier.sync %0, %1;" ::"n"((int)kBarrier), "n"(kThreads) : "memory");
 }
 
 enum mma_q_source {
@@ -677,6 +689,9 @@ struct mma_tile {
   static constexpr int kThreads = kRowWarps * kColumnWarps * 32;
   static constexpr int kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps;
   static constexpr int kColumns = kHeadDimV / kColumnWarps; /* of O, per warp */
+  /* Products of the next step ahead of the exponentials of this one, where the registers hold O, Q and two steps of S. */
+  static constexpr bool kAhead = kBlockKv > kStep &&kRowTiles *(kColumns / 2 + (kQ == kQShared ? 0 : kHeadDimQk / 4) + kStep) <= 216;
+  static constexpr bool kLoose = kStages > 2; /* each stage has barriers of its own, and warps may run a stage apart: see mma_ring */
   static constexpr int kRowBytesQk = kHeadDimQk * 2, kRowBytesV = kHeadDimV * 2;
 
   /* Shared memory: Q [kBlockQ][kHeadDimQk], then per stage K [kBlockKv][kHeadDimQk] and V [kBlockKv][kHeadDimV]; O is staged from the start. */
@@ -684,6 +699,8 @@ struct mma_tile {
   static constexpr int kOffsetKv = kQ == kQRegistersReuse ? 0 : kBytesQ;
   static constexpr int kBytesKv = kStages * (kBytesK + kBytesV), kBytesO = kBlockQ * kRowBytesV;
   static constexpr int kBytesIn = kOffsetKv + kBytesKv > kBytesQ ? kOffsetKv + kBytesKv : kBytesQ;
+  static constexpr int kOffsetQ = kQ == kQRegistersReuse ? kBytesIn - kBytesQ : 0; /* at the end, so that the first stage may land beside it */
+  static constexpr bool kQBesideKv = kQ != kQRegistersReuse || (kLoose && kOffsetQ >= kBytesK + kBytesV); /* two stages may begin with the second */
   static constexpr int kSharedBytes = kBytesIn > kBytesO ? kBytesIn : kBytesO;
   /* A warp may stage its O over its own rows of Q, unless others still read what lies there. */
   static constexpr bool kOwnRowsForO = kOffsetKv >= kBytesO && kRowBytesV == kRowBytesQk && kColumnWarps == 1;
@@ -692,18 +709,21 @@ struct mma_tile {
   static_assert(kHeadDimQk % 16 == 0 && kColumns % 16 == 0, "an mma step is 16 wide");
   static_assert(kBlockKv % kStep == 0 && kStep % 16 == 0, "softmax steps tile the stage");
   static_assert(kStages >= 2, "one stage is filled while another is read");
-  static_assert(kSharedBytes + kThreads / 32 * 128 <= 99 * 1024, "with mma_kernel's static part, fits every GPU from sm_80 on, the L4 among them");
+  static_assert(kSharedBytes + kThreads / 32 * 128 + kStages * 16 <= 99 * 1024, "with mma_shared, fits every GPU from sm_80 on, the L4 among them");
 };
 
 /* The tiles in use. wide: throughput. compact: throughput where an SM has 100 KiB of shared memory (sm_86, sm_89, sm_120). narrow: grids that do not
- * fill the chip with wide tiles, and every general kernel (score rules, any alignment). short: grids of at most one narrow block per SM. */
+ * fill the chip with wide tiles, short sequences at dim 256, and every general kernel (score rules, any alignment). short: grids of at most one narrow
+ * block per SM. */
 enum mma_shape { kWide, kCompact, kNarrow, kShort };
 
 template <typename T, int kHeadDimQk, int kHeadDimV, mma_shape kShape> struct mma_tile_for;
 #define FLASHCORE_MMA_TILE(qk, v, shape, ...)                                                                                                        \
   template <typename T> struct mma_tile_for<T, qk, v, shape> : mma_tile<T, qk, v, __VA_ARGS__> {}
 
-/*                  dims              row tiles, row warps, column warps, keys, step, stages, Q, blocks per SM */
+/* Registers decide all of them: 255 per thread, for 256 threads on an SM. What an L4 runs does not spill, nor what sm_90
+ * runs but the general kernel of 256 dims (4 bytes). For other chips, wide tiles of 128 and 256 dims and the compact one of 128 spill 4 to 12 bytes.
+ *                  dims              row tiles, row warps, column warps, keys, step, stages, Q, blocks per SM */
 FLASHCORE_MMA_TILE(32, 32, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(32, 32, kNarrow, 1, 4, 1, 64, 64, 2, kQRegisters, 4);
 FLASHCORE_MMA_TILE(64, 64, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
@@ -715,12 +735,13 @@ FLASHCORE_MMA_TILE(80, 80, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
 FLASHCORE_MMA_TILE(96, 96, kWide, 2, 4, 1, 64, 32, 2, kQShared, 2);
 FLASHCORE_MMA_TILE(96, 96, kNarrow, 1, 4, 1, 64, 32, 2, kQRegisters, 3);
 FLASHCORE_MMA_TILE(128, 128, kWide, 2, 4, 1, 64, 64, 2, kQShared, 2);            /* Q and S do not fit the registers beside 128 columns of O */
-FLASHCORE_MMA_TILE(128, 128, kCompact, 1, 4, 1, 32, 32, 2, kQRegistersReuse, 3); /* 32 KiB: three blocks; 32 rows a warp would spill */
+FLASHCORE_MMA_TILE(128, 128, kCompact, 2, 4, 1, 32, 16, 2, kQRegistersReuse, 2); /* 32 KiB; the registers allow two blocks */
 FLASHCORE_MMA_TILE(128, 128, kNarrow, 1, 4, 1, 64, 32, 2, kQRegistersReuse, 2);
 FLASHCORE_MMA_TILE(192, 128, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(192, 192, kWide, 1, 4, 1, 32, 32, 2, kQRegisters, 2);
-FLASHCORE_MMA_TILE(256, 256, kWide, 1, 4, 1, 32, 16, 2, kQRegisters, 2);
-FLASHCORE_MMA_TILE(256, 256, kCompact, 1, 8, 1, 32, 16, 2, kQRegistersReuse, 1); /* 64 KiB: eight warps in the one block that fits 100 KiB */
+/* At 256 dims a warp has registers for 16 rows, and shared memory's bandwidth is what bounds it: eight warps share what they load. */
+FLASHCORE_MMA_TILE(256, 256, kWide, 1, 8, 1, 32, 16, 3, kQRegistersReuse, 1);
+FLASHCORE_MMA_TILE(256, 256, kNarrow, 1, 4, 1, 32, 32, 2, kQRegisters, 2); /* of two blocks on an SM, one works while the other starts or ends */
 FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16 rows fills two warps' registers: each computes S, and half of O */
 
 /* ================================================================================================================================
@@ -764,19 +785,18 @@ template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
   static __forceinline__ __device__ void load(uint32_t dst, const char *base, int32_t stride_bytes) {
     const char *src = base + (int64_t)row0() * stride_bytes + chunk0() * 16;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i)
+    for (int i = 0; i < kPasses; ++i, src += (int64_t)stride_bytes * kRowsPerPass)
 #pragma unroll
-      for (int c = 0; c < kChunksPerLane; ++c) cp_async_16(dst + offset(i, c), src + (int64_t)stride_bytes * (i * kRowsPerPass) + c * kLanes * 16);
+      for (int c = 0; c < kChunksPerLane; ++c) cp_async_16(dst + offset(i, c), src + c * kLanes * 16);
   }
   /* Rows from `rows` and chunks from `chunks` on become zeros and are not read. */
   static __forceinline__ __device__ void load_edge(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int chunks) {
     const char *src = base + (int64_t)row0() * stride_bytes + chunk0() * 16;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i)
+    for (int i = 0; i < kPasses; ++i, src += (int64_t)stride_bytes * kRowsPerPass)
 #pragma unroll
       for (int c = 0; c < kChunksPerLane; ++c)
-        cp_async<16>(dst + offset(i, c), src + (int64_t)stride_bytes * (i * kRowsPerPass) + c * kLanes * 16,
-                     i * kRowsPerPass + row0() < rows && c * kLanes + chunk0() < chunks);
+        cp_async<16>(dst + offset(i, c), src + c * kLanes * 16, i * kRowsPerPass + row0() < rows && c * kLanes + chunk0() < chunks);
   }
   /* The same at any alignment (8, 4 or 2 bytes): slow, for the general kernels only. */
   static __forceinline__ __device__ void load_unaligned(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int chunks, int align) {
@@ -832,6 +852,13 @@ FLASHCORE_INLINE mma_schedule make_mma_schedule(const flashcore_attention &a, in
   return s;
 }
 
+/* May a warp take it that its references need not move? */
+enum mma_trust {
+  kTrusting,
+  kProbing, /* the first tile of a long row is to tell */
+  kWary,    /* no: one had to */
+};
+
 struct mma_work {
   int32_t batch, head, row0, rows; /* head: first query head; rows: of this unit in all, row0: the tile's first */
   int32_t tile_begin, tile_end;    /* K/V stages of which some row of the tile sees a key */
@@ -839,8 +866,17 @@ struct mma_work {
   int32_t warp_first, warp_last;   /* keys that some row of this warp sees */
   int32_t full_first, full_last;   /* keys that every row of this warp sees */
   int32_t full_keys;               /* tiles below it load without a look at rows and dims */
+  int32_t trust;                   /* mma_trust; for want of registers, here */
+  int32_t done;                    /* keys of the tile at hand that inner_tile has taken, where it left the others; else -1 */
   flashcore_sequence seq;
   const char *k, *v; /* key 0 of the head's K and V */
+};
+
+/* What a block keeps in static shared memory: its warps' work, which in registers would cost spills, and the barriers of loose stages. */
+template <typename Tile> struct mma_shared {
+  mma_work works[Tile::kThreads / 32];
+  uint64_t full[Tile::kLoose ? Tile::kStages : 1], free[Tile::kLoose ? Tile::kStages : 1];
+  __forceinline__ __device__ mma_work &work() { return works[threadIdx.x / 32]; } /* of this warp */
 };
 
 /* Tile, head and batch entry of a block. False: nothing to do (a tile past the end of a short sequence). */
@@ -882,6 +918,8 @@ template <typename Tile> FLASHCORE_DEVICE void mma_find_keys(const flashcore_att
   w.warp_first = top.first, w.warp_last = bottom.last, w.full_first = bottom.first, w.full_last = top.last;
   w.inner_begin = (w.full_first + Tile::kBlockKv - 1) / Tile::kBlockKv;
   w.inner_end = w.full_last / Tile::kBlockKv;
+  w.done = -1;
+  w.trust = w.inner_begin <= w.tile_begin && w.inner_end - w.tile_begin >= 8 ? kProbing : kTrusting;
 }
 
 /* ================================================================================================================================
@@ -890,35 +928,87 @@ template <typename Tile> FLASHCORE_DEVICE void mma_find_keys(const flashcore_att
 
 #if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
 
+/* The stages of K and V, between the threads that copy into them and the warps that read them. Each warp goes through the tiles of its block in turn:
+ * wait_free, copies and filled for the next tile; then, for the tile at hand, reads and release; advance; wait_full.
+ *   two stages   tiles alternate between them; one barrier of the block per tile says that one has landed and that all warps have read the other
+ *   loose        full[] and free[] of each stage say so on their own: a warp waits for the slowest only where it is a whole stage ahead
+ *   callers  whole warps, converged */
+template <typename Tile> struct mma_ring {
+  mma_shared<Tile> &block;
+  int at = Tile::kStages - 1; /* loose: the stage of the tile at hand; the first is next */
+  uint32_t parity = 1;        /* loose: of the rounds through the stages */
+
+  __forceinline__ __device__ int here(int tile) const { return Tile::kLoose ? at : tile & 1; }
+  __forceinline__ __device__ int next(int tile) const { return !Tile::kLoose ? (tile + 1) & 1 : at + 1 == Tile::kStages ? 0 : at + 1; }
+  __forceinline__ __device__ uint32_t next_parity() const { return at + 1 == Tile::kStages ? parity ^ 1u : parity; }
+
+  __forceinline__ __device__ void wait_free(int tile) const {
+    if constexpr (Tile::kLoose) mbarrier_wait(shared_address(&block.free[next(tile)]), next_parity() ^ 1u);
+  }
+  /* plain: ordinary stores are among the copies */
+  __forceinline__ __device__ void filled(int tile, bool plain) const {
+    if constexpr (Tile::kLoose) {
+      const uint32_t full = (uint32_t)warp_uniform((int32_t)shared_address(&block.full[next(tile)]));
+      if (!plain) return cp_async_arrive(full);
+      cp_async_commit();
+      cp_async_wait<0>();
+      mbarrier_arrive(full);
+    }
+  }
+  __forceinline__ __device__ void release() const {
+    if constexpr (Tile::kLoose) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&block.free[at]));
+    }
+  }
+  __forceinline__ __device__ void advance() {
+    parity = next_parity();
+    at = next(at);
+  }
+  __forceinline__ __device__ void wait_full() const {
+    if constexpr (Tile::kLoose) return mbarrier_wait(shared_address(&block.full[at]), parity);
+    cp_async_commit(); /* here and not behind the copies: it would wait until they are on their way */
+    cp_async_wait<0>();
+    barrier_sync<kStageBarrier, Tile::kThreads>();
+  }
+};
+
 /* What a warp keeps in registers: its rows of O, their softmax state, Q's fragments, lane addresses. One object per thread. */
 template <typename Tile> struct mma_warp {
   using T = typename Tile::T;
   using tile_qk = swizzled_tile<Tile::kRowBytesQk>;
   using tile_v = swizzled_tile<Tile::kRowBytesV>;
-  static constexpr int kRowTiles = Tile::kRowTiles, kStep = Tile::kStep, kSteps = Tile::kBlockKv / kStep;
+  static constexpr int kRowTiles = Tile::kRowTiles, kStep = Tile::kStep;
   static constexpr int kEdgeStep = kStep < 32 ? kStep : 32; /* finer at edges: less beyond the diagonal, and room for masks in the registers */
   static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesO = Tile::kColumns / 8;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
-  /* A lane's part of a row sum may be this large before the reference moves: f16 terms then cannot overflow. The reference is put above the
-   * maximum by a headroom, so that it seldom has to move again; its largest term is then 2^-kHeadroom, still exact. */
-  static constexpr float kSumLimit = 16384.f, kHeadroom = 4.f;
-  static constexpr float kRise = 8.f; /* log2 units that count as far: the next step then takes the maximum first */
+  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
+   * that count are normal in f16. Up to 2^kLimit no term overflows. */
+  static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr bool kWaryLoop = Tile::kBlockKv > kEdgeStep;               /* where a stage is one step, edge_tile is as good */
+  /* Fragments that are read before something that takes time: copies, exponentials, a vote. */
+  static constexpr int kEarly = Tile::kHeadDimQk > 128 ? 3 : 4;
+  struct fragments {
+    uint32_t f[kEarly][4];
+  };
 
   float o[kRowTiles][kTilesO][4]; /* accumulators, times l */
   float m[kRowTiles][2];          /* reference of rows g, g + 8: log2 units */
   float l[kRowTiles][2];          /* this lane's part of the row sum */
-  bool rising;                    /* the reference just moved far, or must move: the next step takes the maximum first */
   uint32_t q[kQHeld ? kRowTiles : 1][kQHeld ? kDepthQk : 1][4];
   uint32_t q_address, k_address, v_address; /* this lane's ldmatrix addresses of the first fragment; K, V: within a stage */
 
   static __forceinline__ __device__ int lane() { return threadIdx.x & 31; }
   static __forceinline__ __device__ int row0() { return threadIdx.x / 32 % Tile::kRowWarps * Tile::kWarpRows; } /* of this warp within the block */
 
-  __forceinline__ __device__ void init(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, uint32_t shared) {
+  /* Zeros, addresses, the warp's keys; `w` into the block's shared part.
+   *   callers  all threads of the block, after mma_find_work
+   *   implies  __syncwarp */
+  __forceinline__ __device__ void init(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, mma_shared<Tile> &block,
+                                       uint32_t shared) {
     const int warp = warp_uniform((int)threadIdx.x / 32);
     const int column0 = warp / Tile::kRowWarps * Tile::kColumns;
-    rising = false;
-    q_address = shared + tile_qk::offset(row0() + lane() % 16, lane() / 16);
+    q_address = shared + Tile::kOffsetQ + tile_qk::offset(row0() + lane() % 16, lane() / 16);
     k_address = tile_qk::offset(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
     v_address = tile_v::offset(lane() % 16, lane() / 16) + column0 * 2;
 #pragma unroll
@@ -929,6 +1019,12 @@ template <typename Tile> struct mma_warp {
       for (int n = 0; n < kTilesO; ++n) o[i][n][0] = o[i][n][1] = o[i][n][2] = o[i][n][3] = 0.f;
     }
     mma_find_keys<Tile>(a, plan, w, row0());
+    if (lane() == 0) block.work() = w;
+    if (Tile::kLoose && threadIdx.x < Tile::kStages) {
+      mbarrier_init(shared_address(&block.full[threadIdx.x]), Tile::kThreads);
+      mbarrier_init(shared_address(&block.free[threadIdx.x]), Tile::kThreads / 32);
+    }
+    __syncwarp();
   }
 
   /* ---- loading ---- */
@@ -936,6 +1032,7 @@ template <typename Tile> struct mma_warp {
   /* The tile's rows of Q. Rows past the end become zeros and are never stored. */
   template <bool kGeneral>
   __forceinline__ __device__ void load_q(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared) {
+    shared += Tile::kOffsetQ;
     const char *src = static_cast<const char *>(a.q.data) + 2 * (w.seq.q + w.head * a.q.stride_h);
     const int chunks = a.dim_qk / 8, rows = w.rows - w.row0;
     if (plan.pack.d == 1 && (!kGeneral || plan.align == 16)) {
@@ -991,42 +1088,74 @@ template <typename Tile> struct mma_warp {
         for (int k = 0; k < kDepthQk; ++k) q_fragment(q[i][k], i, k);
     }
   }
-  /* s = Q K^T for 8 kTiles keys at `k_tile`.   [16 kRowTiles][8 kTiles] f32 */
-  template <int kTiles> __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTiles][4], uint32_t k_tile) {
+  /* Fragment i of K (pairs of column tiles within a depth step) and of V (pairs of dims within 16 keys), in the order of the products. */
+  template <int kTiles> __forceinline__ __device__ void k_fragment(uint32_t (&f)[4], uint32_t k_tile, int i) const {
+    ldmatrix_x4(f, along<tile_qk>(k_tile + k_address, i / (kTiles / 2)) + i % (kTiles / 2) * 16 * Tile::kRowBytesQk);
+  }
+  __forceinline__ __device__ void v_fragment(uint32_t (&f)[4], uint32_t v_tile, int i) const {
+    ldmatrix_x4_trans(f, along<tile_v>(v_tile + v_address, i % (kTilesO / 2)) + i / (kTilesO / 2) * 16 * Tile::kRowBytesV);
+  }
+  template <int kTiles> __forceinline__ __device__ void early_k(fragments &early, uint32_t k_tile) const {
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
+    for (int i = 0; i < kEarly && i < kDepthQk * kTiles / 2; ++i) k_fragment<kTiles>(early.f[i], k_tile, i);
+  }
+  __forceinline__ __device__ void early_v(fragments &early, uint32_t v_tile) const {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
+    for (int i = 0; i < kEarly && i < kTilesO / 2; ++i) v_fragment(early.f[i], v_tile, i);
+  }
+  /* s = Q K^T for 8 kTiles keys at `k_tile`; `early`: what early_k has read.   [16 kRowTiles][8 kTiles] f32
+   * Long rows are added up in parts: an f32 accumulator loses a little with each product, and logits of 1e5 and more would show it. */
+  template <int kTiles, bool kHasEarly = false>
+  __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTiles][4], uint32_t k_tile, const fragments &early = {}) {
+    constexpr int kPart = kDepthQk > 16 ? 8 : kDepthQk;
 #pragma unroll
-    for (int k = 0; k < kDepthQk; ++k) {
-      uint32_t fq[kRowTiles][4];
+    for (int part = 0; part < kDepthQk; part += kPart) {
+      float sum[kRowTiles][kTiles][4] = {};
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        if constexpr (kQHeld) {
-#pragma unroll
-          for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
-        } else q_fragment(fq[i], i, k);
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles / 2; ++n) {
-        uint32_t fk[4];
-        ldmatrix_x4(fk, along<tile_qk>(k_tile + k_address, k) + n * 16 * Tile::kRowBytesQk);
+      for (int k = part; k < part + kPart && k < kDepthQk; ++k) {
+        uint32_t fq[kRowTiles][4];
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          mma_m16n8k16<T>(s[i][2 * n], fq[i], fk[0], fk[1]);
-          mma_m16n8k16<T>(s[i][2 * n + 1], fq[i], fk[2], fk[3]);
+          if constexpr (kQHeld) {
+#pragma unroll
+            for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
+          } else q_fragment(fq[i], i, k);
+        }
+#pragma unroll
+        for (int n = 0; n < kTiles / 2; ++n) {
+          const int at = k * (kTiles / 2) + n;
+          uint32_t fk[4];
+          if (kHasEarly && at < kEarly) {
+#pragma unroll
+            for (int x = 0; x < 4; ++x) fk[x] = early.f[at][x];
+          } else k_fragment<kTiles>(fk, k_tile, at);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) {
+            mma_m16n8k16<T>(sum[i][2 * n], fq[i], fk[0], fk[1]);
+            mma_m16n8k16<T>(sum[i][2 * n + 1], fq[i], fk[2], fk[3]);
+          }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int x = 0; x < 4; ++x) s[i][n][x] = part == 0 ? sum[i][n][x] : s[i][n][x] + sum[i][n][x];
     }
   }
-  /* o += P V for 8 kTiles keys at `v_tile`.   [16 kRowTiles][kColumns] f32 */
-  template <int kTiles> __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kTiles][2], uint32_t v_tile) {
+  /* o += P V for 8 kTiles keys at `v_tile`; `early`: what early_v has read.   [16 kRowTiles][kColumns] f32 */
+  template <bool kHasEarly = false, int kTiles>
+  __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kTiles][2], uint32_t v_tile, const fragments &early = {}) {
 #pragma unroll
     for (int k = 0; k < kTiles / 2; ++k)
 #pragma unroll
       for (int n = 0; n < kTilesO / 2; ++n) {
         uint32_t fv[4];
-        ldmatrix_x4_trans(fv, along<tile_v>(v_tile + v_address, n) + k * 16 * Tile::kRowBytesV);
+        if (kHasEarly && k == 0 && n < kEarly) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) fv[x] = early.f[n][x];
+        } else v_fragment(fv, v_tile, k * (kTilesO / 2) + n);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
           const uint32_t fp[4] = {p[i][2 * k][0], p[i][2 * k][1], p[i][2 * k + 1][0], p[i][2 * k + 1][1]};
@@ -1079,20 +1208,39 @@ template <typename Tile> struct mma_warp {
           }
       }
   }
-  /* Move every row's reference to its maximum so far and kHeadroom; o and l follow.   callers  all 32 lanes, converged */
-  template <int kTiles> __forceinline__ __device__ void raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
-    bool far = false;
+  /* The largest of a lane's scores in row g + 8 h of row tile i. */
+  template <int kTiles> static __forceinline__ __device__ float lane_max(const float (&s)[kRowTiles][kTiles][4], int i, int h) {
+    float x = s[i][0][2 * h];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
+    return x;
+  }
+  /* Will no term of these scores be larger than 2^kLimit? (Not with NaN.)   callers  all 32 lanes, converged */
+  template <int kTiles> __forceinline__ __device__ bool terms_fit(const float (&s)[kRowTiles][kTiles][4], float scale_log2) const {
+    bool fit = true;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) fit &= fmaf(lane_max(s, i, h), scale_log2, -m[i][h]) <= kLimit;
+    return __all_sync(0xffffffffu, fit);
+  }
+  /* A reference for these scores: the maximum of row g + 8 h of row tile i, and kHeadroom.   callers  all 32 lanes, converged */
+  template <int kTiles>
+  static __forceinline__ __device__ float reference_for(const float (&s)[kRowTiles][kTiles][4], int i, int h, float scale_log2) {
+    return softmax_reference(quad_max(lane_max(s, i, h)), scale_log2) + kHeadroom;
+  }
+  /* Move every row's reference up to its maximum so far and kHeadroom; o and l follow.
+   *   returns  false: some reference is so large that its last bit outweighs the headroom, and terms need edge_tile's cap
+   *   callers  all 32 lanes, converged */
+  template <int kTiles> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
+    bool fine = true;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float x = s[i][0][2 * h];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * h], s[i][n][2 * h + 1]));
-        const float old = m[i][h];
-        const float top = fmaxf(old, softmax_reference(quad_max(x), scale_log2) + kHeadroom), factor = ex2(old - top);
-        far |= top > old + kRise && old > FLASHCORE_EMPTY_MAX;
+        const float top = fmaxf(m[i][h], reference_for(s, i, h, scale_log2)), factor = ex2(m[i][h] - top);
         m[i][h] = top;
+        fine &= fabsf(top) < 67108864.f;
         l[i][h] *= factor;
 #pragma unroll
         for (int n = 0; n < kTilesO; ++n) {
@@ -1100,10 +1248,13 @@ template <typename Tile> struct mma_warp {
           o[i][n][2 * h + 1] *= factor;
         }
       }
-    rising = __any_sync(0xffffffffu, far);
+    return __all_sync(0xffffffffu, fine);
   }
-  /* p = exp2(s - m) rounded to T; sum: this lane's part of the rows' sums, unrounded.   p[i][n][h]: column tile n, rows g + 8 h */
-  template <bool kCapped, int kTiles>
+  /* p = exp2(s - m) rounded to T; sum: this lane's part of the rows' sums, unrounded.   p[i][n][h]: column tile n, rows g + 8 h
+   *   edge   terms are capped (see softmax_term); in an inner tile the sums tell, or the maxima
+   *   edge   where a reference is so large that its last bit weighs, the largest term is not exact, and l counts what O gets: a row of one key is
+   *          that key's V. (The LSE does not feel it, next to so large a number.) */
+  template <bool kEdge, int kTiles>
   __forceinline__ __device__ void exponentiate(const float (&s)[kRowTiles][kTiles][4], uint32_t (&p)[kRowTiles][kTiles][2],
                                                float (&sum)[kRowTiles][2], float scale_log2) {
 #pragma unroll
@@ -1113,20 +1264,20 @@ template <typename Tile> struct mma_warp {
       for (int n = 0; n < kTiles; ++n)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          constexpr float kCap = 15.f; /* see softmax_term; without it, the sums tell */
           const float x0 = fmaf(s[i][n][2 * h], scale_log2, -m[i][h]), x1 = fmaf(s[i][n][2 * h + 1], scale_log2, -m[i][h]);
-          const float e0 = ex2(kCapped && x0 > kCap ? kCap : x0), e1 = ex2(kCapped && x1 > kCap ? kCap : x1); /* NaN stays */
+          float e0 = ex2(kEdge && x0 > kLimit ? kLimit : x0), e1 = ex2(kEdge && x1 > kLimit ? kLimit : x1); /* NaN stays */
+          p[i][n][h] = pack2<T>(e0, e1);
+          if (kEdge && fabsf(m[i][h]) > 16384.f) unpack2<T>(p[i][n][h], e0, e1);
           sum[i][h] += e0;
           sum[i][h] += e1;
-          p[i][n][h] = pack2<T>(e0, e1);
         }
     }
   }
-  /* Are the terms of this step small enough for the reference to stay? (Never with NaN.)   callers  all 32 lanes, converged */
-  static __forceinline__ __device__ bool reference_fits(const float (&sum)[kRowTiles][2]) {
+  /* Do these sums tell that no term was larger than 2^kLimit? (Not with NaN.)   callers  all 32 lanes, converged */
+  static __forceinline__ __device__ bool sums_fit(const float (&sum)[kRowTiles][2]) {
     bool fits = true;
 #pragma unroll
-    for (int i = 0; i < kRowTiles; ++i) fits &= sum[i][0] <= kSumLimit && sum[i][1] <= kSumLimit;
+    for (int i = 0; i < kRowTiles; ++i) fits &= sum[i][0] < kSumLimit && sum[i][1] < kSumLimit;
     return __all_sync(0xffffffffu, fits);
   }
   /* First references, from the maxima over 16 keys as far as rows see them: the first step need not run twice. */
@@ -1137,33 +1288,50 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float x = fmaxf(fmaxf(s[i][0][2 * h], s[i][0][2 * h + 1]), fmaxf(s[i][1][2 * h], s[i][1][2 * h + 1]));
-        m[i][h] = fmaxf(m[i][h], softmax_reference(quad_max(x), plan.scale_log2) + kHeadroom);
-      }
+      for (int h = 0; h < 2; ++h) m[i][h] = fmaxf(m[i][h], reference_for(s, i, h, plan.scale_log2));
   }
 
-  /* One K/V stage whose keys every row of the warp sees: s = Q K^T, p = exp2(s - m), o += P V, without a running maximum. The terms are taken
-   * against the reference as it stands; their sums bound them all, and a step with a large one is left to edge_tile, with all that follow.
-   * The products of the next step are issued before the exponentials of this one, so that the tensor cores have work meanwhile.
-   *   returns  the keys that were taken, kBlockKv unless the reference must move
-   *   callers  all 32 lanes, converged; no barrier */
-  __forceinline__ __device__ int inner_tile(uint32_t k_tile, uint32_t v_tile, float scale_log2) {
-    float s[kSteps > 1 ? 2 : 1][kRowTiles][kStep / 8][4], sum[kRowTiles][2];
-    uint32_t p[kRowTiles][kStep / 8][2];
-    gemm_qk(s[0], k_tile);
-#pragma unroll
-    for (int c = 0; c < kSteps; ++c) {
-      if (c + 1 < kSteps) gemm_qk(s[(c + 1) % 2], k_tile + (c + 1) * kStep * Tile::kRowBytesQk);
-      exponentiate<false>(s[c % 2], p, sum, scale_log2);
-      if (!reference_fits(sum)) return c * kStep;
-      add_sums(sum);
-      gemm_pv(p, v_tile + c * kStep * Tile::kRowBytesV);
-    }
-    return Tile::kBlockKv;
+  /* inner_tile leaves what it has not taken to edge_tile. */
+  static __forceinline__ __device__ bool leave_at(mma_work &w, int done) {
+    if (lane() == 0) w.trust = kWary, w.done = done;
+    __syncwarp();
+    return false;
   }
-  /* The keys of one stage from `done` on, step by step: at an edge, under a score rule, or where the reference must move. The maximum is taken
-   * first where it is likely to rise; else the step runs a second time if a sum was large.
+  /* One K/V stage whose keys every row of the warp sees: s = Q K^T, p = exp2(s - m), o += P V. `fill` issues the copies of the next stage.
+   *   trusting     no maximum at all: terms are taken against the reference as it stands, their sums bound them all, and from a step with a large sum
+   *                on, the keys are left to edge_tile
+   *   not          the maxima are looked at first, and where terms would be too large the reference moves
+   * The products of the next step are issued before the exponentials of this one (kAhead), so that the tensor cores have work meanwhile.
+   *   returns  false: only the first w.done keys were taken
+   *   callers  all 32 lanes, converged; fill may wait for other warps */
+  template <bool kTrusts, typename Fill>
+  __forceinline__ __device__ bool inner_tile(uint32_t k_tile, uint32_t v_tile, float scale_log2, mma_work &w, const Fill &fill) {
+    constexpr bool kAhead = Tile::kAhead;
+    float s[kAhead ? 2 : 1][kRowTiles][kStep / 8][4], sum[kRowTiles][2];
+    uint32_t p[kRowTiles][kStep / 8][2];
+    fragments early;
+    early_k<kStep / 8>(early, k_tile);
+    fill();
+    gemm_qk<kStep / 8, true>(s[0], k_tile, early);
+#pragma unroll
+    for (int c = 0; c < Tile::kBlockKv; c += kStep) {
+      if (!kAhead && c > 0) gemm_qk(s[0], k_tile + c * Tile::kRowBytesQk);
+      if (kAhead && c + kStep < Tile::kBlockKv) gemm_qk(s[(c / kStep + 1) % 2], k_tile + (c + kStep) * Tile::kRowBytesQk);
+      const auto &now = s[kAhead ? c / kStep % 2 : 0];
+      if (!kTrusts && !terms_fit(now, scale_log2)) {
+        if (!raise(now, scale_log2)) return leave_at(w, c);
+        if (lane() == 0) w.trust = kWary;
+      }
+      early_v(early, v_tile + c * Tile::kRowBytesV);
+      exponentiate<false>(now, p, sum, scale_log2);
+      if (kTrusts && !sums_fit(sum)) return leave_at(w, c);
+      add_sums(sum);
+      gemm_pv<true>(p, v_tile + c * Tile::kRowBytesV, early);
+    }
+    return true;
+  }
+  /* The keys of one stage from `done` on, step by step: at an edge, under a score rule, or where a term was too large. A step with a large sum runs
+   * again after the reference has moved.
    *   edge     a row with no visible key yet has m = FLASHCORE_EMPTY_MAX, p = 0, l = 0 */
   template <typename Rule>
   __forceinline__ __device__ void edge_tile(uint32_t k_tile, uint32_t v_tile, const flashcore_attention &a, const mma_schedule &plan,
@@ -1174,14 +1342,14 @@ template <typename Tile> struct mma_warp {
     for (int c = done; c < Tile::kBlockKv; c += kEdgeStep) {
       const int key = key0 + c;
       if (key >= w.warp_last || key + kEdgeStep <= w.warp_first) continue;
-      bool look = Rule::kActive || rising, again;
+      bool look = Rule::kActive, again; /* a rule costs too much to run twice */
       do {
         gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
         if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
         if (key + kEdgeStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
         if (look) raise(s, plan.scale_log2);
         exponentiate<true>(s, p, sum, plan.scale_log2);
-        again = !look && !reference_fits(sum); /* a capped sum is large, too */
+        again = !look && !sums_fit(sum); /* a capped sum is large, too */
         look = true;
       } while (again);
       add_sums(sum);
@@ -1199,57 +1367,72 @@ template <typename Tile> struct mma_warp {
   /* ---- the loop ---- */
 
   /* All keys of the block's rows.
-   *   callers  all threads of the block, after load_q and init; w: this warp's copy, in shared memory
+   *   callers  all threads of the block, after load_q and init
    *   implies  barriers of the whole block; on return other warps may still read shared memory */
   template <typename Rule>
-  __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared,
+  __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, mma_shared<Tile> &block, uint32_t shared,
                                            const Rule &rule) {
     constexpr bool kGeneral = Rule::kActive;
-    const auto stage_at = [&](int stage) { return shared + Tile::kOffsetKv + stage * (Tile::kBytesK + Tile::kBytesV); };
-    const int tile_end = w.tile_end, inner_end = w.inner_end;
-    const auto fill = [&](int tile, int stage) {
-      if (tile < tile_end) load_kv<kGeneral>(a, plan, w, stage_at(stage), tile * Tile::kBlockKv);
-      cp_async_commit();
+    mma_work &w = block.work(); /* in shared memory: bounds, too, are read from there */
+    mma_ring<Tile> ring{block};
+    int tile = w.tile_begin - 1;
+    const auto k_at = [&](int stage) { return shared + Tile::kOffsetKv + stage * (Tile::kBytesK + Tile::kBytesV); };
+    const auto v_at = [&](int stage) { return k_at(stage) + Tile::kBytesK; };
+    const auto fill_next = [&] {
+      if (tile + 1 >= w.tile_end) return;
+      ring.wait_free(tile);
+      load_kv<kGeneral>(a, plan, w, k_at(ring.next(tile)), (tile + 1) * Tile::kBlockKv);
+      ring.filled(tile, kGeneral && plan.align < 16);
     };
-    if constexpr (Tile::kQ == kQRegistersReuse) {
+    const auto next_tile = [&] {
+      ring.advance();
+      if (++tile < w.tile_end) ring.wait_full();
+    };
+    const auto end_tile = [&] {
+      ring.release();
+      next_tile();
+    };
+    if (Tile::kLoose) __syncthreads(); /* the barriers exist */
+    if (w.tile_begin >= w.tile_end) {  /* Q must have landed before O is staged over it */
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+      return;
+    }
+    if constexpr (!Tile::kQBesideKv) {
       cp_async_commit();
       cp_async_wait<0>();
       __syncthreads();
       hold_q();
       __syncthreads(); /* K and V go where Q was */
     }
-#pragma unroll
-    for (int i = 0; i < Tile::kStages - 1; ++i) fill(w.tile_begin + i, i);
-    /* Tiles that every row of this warp sees in full have a loop of their own: its registers and instructions are the kernel's speed. */
-    int tile = w.tile_begin, stage = 0, done = 0; /* done: keys that inner_tile took of the tile it was last given */
-    /* The stage of this tile is there, the one before it is free. */
-    const auto begin_tile = [&] {
-      cp_async_wait<Tile::kStages - 2>();
-      barrier_sync<Tile::kThreads>(kStageBarrier);
-      fill(tile + Tile::kStages - 1, stage == 0 ? Tile::kStages - 1 : stage - 1);
-    };
-    const auto end_tile = [&] {
-      if (++stage == Tile::kStages) stage = 0;
-      if (++tile < tile_end) begin_tile();
-    };
-    begin_tile(); /* without any key, too: Q must have landed before O is staged over it */
-    if constexpr (Tile::kQ == kQRegisters) hold_q();
-    if (!kGeneral && tile < tile_end) seed(stage_at(stage), a, plan, w, tile * Tile::kBlockKv);
-    while (tile < tile_end) {
-      if (!kGeneral && !rising && tile >= w.inner_begin) {
-        while (tile < inner_end) {
-          done = inner_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, plan.scale_log2);
-          rising = done < Tile::kBlockKv;
-          if (rising) break;
-          end_tile();
+    fill_next();
+    next_tile();
+    if constexpr (kQHeld && Tile::kQBesideKv) hold_q();
+    if constexpr (Tile::kQ == kQRegistersReuse && Tile::kQBesideKv) __syncthreads(); /* the next stages go where Q was */
+    if (!kGeneral) seed(k_at(ring.here(tile)), a, plan, w, tile * Tile::kBlockKv);
+    /* Tiles that every row of this warp sees in full have loops of their own: their registers and instructions are the kernel's speed. */
+    while (tile < w.tile_end) {
+      if (!kGeneral && tile >= w.inner_begin) {
+        for (; kWaryLoop && w.trust != kTrusting && tile < w.inner_end; end_tile()) {
+          if (!inner_tile<false>(k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
+          __syncwarp();
+          if (w.trust == kProbing && lane() == 0) w.trust = kTrusting;
+          __syncwarp();
         }
-        if (tile >= tile_end) break;
+        if (w.done < 0)
+          for (; tile < w.inner_end; end_tile())
+            if (!inner_tile<true>(k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
+        if (tile >= w.tile_end) break;
       }
-      edge_tile(stage_at(stage), stage_at(stage) + Tile::kBytesK, a, plan, w, tile * Tile::kBlockKv, done % Tile::kBlockKv, rule);
-      done = 0;
+      const int done = w.done;
+      if (done < 0) fill_next();
+      edge_tile(k_at(ring.here(tile)), v_at(ring.here(tile)), a, plan, w, tile * Tile::kBlockKv, max(done, 0), rule);
+      __syncwarp();
+      if (lane() == 0) w.done = -1;
+      __syncwarp();
       end_tile();
     }
-    cp_async_wait<0>();
   }
 
   /* ---- the end ---- */
@@ -1345,18 +1528,15 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 #if FLASHCORE_HAS_SM80
   extern __shared__ __align__(128) unsigned char flashcore_shared[];
   const uint32_t shared = shared_address(flashcore_shared);
-  __shared__ mma_work works[Tile::kThreads / 32]; /* the loop's rare readers find it here; in registers it would cost spills */
+  __shared__ mma_shared<Tile> block;
   mma_work work;
   if (!mma_find_work<Tile>(a, plan, blockIdx.x, work)) return;
   mma_warp<Tile> warp;
   warp.template load_q<Rule::kActive>(a, plan, work, shared);
-  warp.init(a, plan, work, shared);
-  mma_work &mine = works[threadIdx.x / 32];
-  if (threadIdx.x % 32 == 0) mine = work;
-  __syncwarp();
-  warp.mainloop(a, plan, mine, shared, rule);
-  warp.finish(a, plan, mine);
-  warp.template store<Rule::kActive>(a, plan, mine, flashcore_shared);
+  warp.init(a, plan, work, block, shared);
+  warp.mainloop(a, plan, block, shared, rule);
+  warp.finish(a, plan, block.work());
+  warp.template store<Rule::kActive>(a, plan, block.work(), flashcore_shared);
 #else
   __trap();
 #endif
@@ -1410,21 +1590,24 @@ template <typename Tile, bool kGeneral> static void flashcore_mma_use(flashcore_
 }
 
 /* The tile for head dims (kQk, kV), among the shapes it has. General kernels are narrow, for room in the registers; grids that would leave SMs idle
- * are narrow or short; the rest is wide, or compact where SMs are small. */
+ * are narrow or short; the rest is wide, or compact where SMs are small. Where a wide block fills an SM, nothing hides its start and its end: rows of
+ * few keys are narrow there, as long as two narrow blocks fit an SM. */
 template <typename T, int kQk, int kV, bool kHasNarrow, bool kHasCompact, bool kHasShort>
 static void flashcore_mma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
   using namespace flashcore;
   using wide = mma_tile_for<T, kQk, kV, kWide>;
   const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch;
+  const bool small = device->shared_per_sm < 160 * 1024;
   if constexpr (kHasNarrow) {
     using narrow = mma_tile_for<T, kQk, kV, kNarrow>;
     if (general) return flashcore_mma_use<narrow, true>(plan);
     if constexpr (kHasShort)
       if (rows <= (int64_t)device->sm_count * narrow::kBlockQ) return flashcore_mma_use<mma_tile_for<T, kQk, kV, kShort>, false>(plan);
-    if (rows < (int64_t)device->sm_count * 2 * wide::kBlockQ) return flashcore_mma_use<narrow, false>(plan);
+    if (rows < (int64_t)device->sm_count * wide::kBlocksPerSm * wide::kBlockQ) return flashcore_mma_use<narrow, false>(plan);
+    if (wide::kBlocksPerSm == 1 && !small && a->seq_kv < (a->causal ? 2048 : 1024)) return flashcore_mma_use<narrow, false>(plan);
   } else if (general) return flashcore_mma_use<wide, true>(plan);
   if constexpr (kHasCompact)
-    if (device->shared_per_sm < 160 * 1024) return flashcore_mma_use<mma_tile_for<T, kQk, kV, kCompact>, false>(plan);
+    if (small) return flashcore_mma_use<mma_tile_for<T, kQk, kV, kCompact>, false>(plan);
   flashcore_mma_use<wide, false>(plan);
 }
 
@@ -1439,7 +1622,7 @@ static bool flashcore_mma_select(const flashcore_attention *a, const flashcore_d
   else if (dim <= 128) flashcore_mma_pick<T, 128, 128, true, true, false>(a, device, general, plan);
   else if (qk <= 192 && v <= 128) flashcore_mma_pick<T, 192, 128, false, false, false>(a, device, general, plan);
   else if (dim <= 192) flashcore_mma_pick<T, 192, 192, false, false, false>(a, device, general, plan);
-  else if (dim <= 256) flashcore_mma_pick<T, 256, 256, false, true, false>(a, device, general, plan);
+  else if (dim <= 256) flashcore_mma_pick<T, 256, 256, true, false, false>(a, device, general, plan);
   else if (dim <= 512) flashcore_mma_pick<T, 512, 512, false, false, false>(a, device, general, plan);
   else return false;
   return true;

@@ -45,18 +45,16 @@ static __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                     const float *gate) {
 #if FLASHCORE_HAS_SM80
   extern __shared__ __align__(128) unsigned char gated_attention_shared[];
-  __shared__ flashcore::mma_work works[Tile::kThreads / 32]; // each warp's: in registers it would cost spills
+  __shared__ flashcore::mma_shared<Tile> block;
   const uint32_t shared = flashcore::shared_address(gated_attention_shared);
   flashcore::mma_work found;
   if (!flashcore::mma_find_work<Tile>(a, plan, (int32_t)blockIdx.x, found)) return;
   flashcore::mma_warp<Tile> warp;
   warp.template load_q<true>(a, plan, found, shared); // true: with a rule
-  warp.init(a, plan, found, shared);
-  flashcore::mma_work &work = works[threadIdx.x / 32];
-  if (threadIdx.x % 32 == 0) work = found;
-  __syncwarp();
-  warp.mainloop(a, plan, work, shared, rule);
-  warp.finish(a, plan, work); // warp.o is the result now: [kRowTiles][kTilesO] accumulators of 16 rows and 8 columns
+  warp.init(a, plan, found, block, shared);
+  warp.mainloop(a, plan, block, shared, rule);
+  const flashcore::mma_work &work = block.work(); // this warp's
+  warp.finish(a, plan, work);                     // warp.o is the result now: [kRowTiles][kTilesO] accumulators of 16 rows and 8 columns
 
 #pragma unroll
   for (int i = 0; i < Tile::kRowTiles; ++i)

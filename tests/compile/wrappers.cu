@@ -28,6 +28,12 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::cp_async_commit);
   keep(table, count, &fc::cp_async_wait<0>);
   keep(table, count, &fc::cp_async_wait<1>);
+#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+  keep(table, count, &fc::mbarrier_init);
+  keep(table, count, &fc::mbarrier_arrive);
+  keep(table, count, &fc::mbarrier_wait);
+  keep(table, count, &fc::cp_async_arrive);
+#endif
 }
 
 #if __has_include("flashcore_wmma.cuh") && (FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__))
@@ -38,7 +44,9 @@ static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::mma_m16n8k16<__nv_bfloat16>);
   keep(table, count, &fc::pack2<__half>);
   keep(table, count, &fc::pack2<__nv_bfloat16>);
-  keep(table, count, &fc::barrier_sync<128>);
+  keep(table, count, &fc::unpack2<__half>);
+  keep(table, count, &fc::unpack2<__nv_bfloat16>);
+  keep(table, count, &fc::barrier_sync<fc::kStageBarrier, 128>);
   keep(table, count, &fc::copy_chunk);
   keep(table, count, &fc::store_chunk);
 }

@@ -116,6 +116,51 @@ template <int kBytes> static void test_cp_async() {
   report().expect(format("cp_async_%d_writes_no_more", kBytes), kept, "a neighbour was written");
 }
 
+/* ---- mbarrier ------------------------------------------------------------------------------------------------------------------ */
+
+constexpr int kMbarrierRounds = 6, kMbarrierThreads = 128;
+
+/* Two stages, handed round as the mma kernel's loose stages are: every thread copies a word of the next round, waits for this round's, and reads its
+ * opposite's. A wait that passes too early, or a parity that is off, shows as a word of another round. */
+static __global__ void mbarrier_kernel(const uint32_t *src, int, uint32_t *out) {
+#if FLASHCORE_HAS_SM80
+  __shared__ uint32_t stages[2][kMbarrierThreads];
+  __shared__ uint64_t full[2], free[2];
+  const int me = threadIdx.x, opposite = kMbarrierThreads - 1 - me;
+  if (me < 2) {
+    fc::mbarrier_init(fc::shared_address(&full[me]), kMbarrierThreads);
+    fc::mbarrier_init(fc::shared_address(&free[me]), kMbarrierThreads / 32);
+  }
+  __syncthreads();
+  const auto fill = [&](int round) {
+    const int stage = round % 2;
+    fc::mbarrier_wait(fc::shared_address(&free[stage]), (uint32_t)(round / 2 & 1) ^ 1u);
+    fc::cp_async<4>(fc::shared_address(&stages[stage][me]), src + round * kMbarrierThreads + me, true);
+    fc::cp_async_arrive(fc::shared_address(&full[stage]));
+  };
+  fill(0);
+  for (int round = 0; round < kMbarrierRounds; ++round) {
+    if (round + 1 < kMbarrierRounds) fill(round + 1);
+    fc::mbarrier_wait(fc::shared_address(&full[round % 2]), (uint32_t)(round / 2 & 1));
+    if (me / 32 == round % 4) __nanosleep(2000); /* one warp is late: the others must not fill what it still reads */
+    out[round * kMbarrierThreads + me] = stages[round % 2][opposite];
+    __syncwarp();
+    if (me % 32 == 0) fc::mbarrier_arrive(fc::shared_address(&free[round % 2]));
+  }
+#endif
+}
+
+static void test_mbarrier() {
+  std::vector<uint32_t> src(kMbarrierRounds * kMbarrierThreads);
+  for (size_t i = 0; i < src.size(); ++i) src[i] = 7 * (uint32_t)i + 1;
+  const std::vector<uint32_t> out = on_device<uint32_t, uint32_t>(mbarrier_kernel, src, src.size(), kMbarrierThreads);
+  bool right = true;
+  for (int round = 0; round < kMbarrierRounds; ++round)
+    for (int i = 0; i < kMbarrierThreads; ++i)
+      right &= out[(size_t)(round * kMbarrierThreads + i)] == src[(size_t)((round + 1) * kMbarrierThreads - 1 - i)];
+  report().expect("mbarriers_hand_two_stages_round", right, "a word of another round was read");
+}
+
 /* ---- swizzle ------------------------------------------------------------------------------------------------------------------- */
 
 /* offset() as the device computes it, for 64 rows. */
@@ -316,7 +361,13 @@ template <typename T> static void test_mma(const char *type) {
 
 template <typename T> static __global__ void pack2_kernel(const float2 *in, int count, uint32_t *out) {
 #if FLASHCORE_HAS_SM80
-  for (int i = threadIdx.x; i < count; i += 32) out[i] = fc::pack2<T>(in[i].x, in[i].y);
+  for (int i = threadIdx.x; i < count; i += 32) {
+    float lo, hi;
+    out[i] = fc::pack2<T>(in[i].x, in[i].y);
+    fc::unpack2<T>(out[i], lo, hi);
+    out[count + 2 * i] = __float_as_uint(lo);
+    out[count + 2 * i + 1] = __float_as_uint(hi);
+  }
 #endif
 }
 
@@ -329,15 +380,19 @@ template <typename T> static void test_pack2(const char *type) {
   for (int i = 0; i < 64; ++i) in.push_back({1.f + (0.5f + (float)i) * ulp, -1.f - (1.5f + (float)i) * ulp}); // ties
   const std::vector<float> x = spread(4000);
   for (size_t i = 0; i + 1 < x.size(); i += 2) in.push_back({x[i] * 100.f, x[i + 1]});
-  const std::vector<uint32_t> out = on_device<float2, uint32_t>(pack2_kernel<T>, in, in.size());
+  const std::vector<uint32_t> out = on_device<float2, uint32_t>(pack2_kernel<T>, in, 3 * in.size());
   std::string why;
+  bool unpacked = true;
   for (size_t i = 0; i < in.size(); ++i) {
     const T pair[2] = {fc::element<T>::store(in[i].x), fc::element<T>::store(in[i].y)};
     uint32_t expected;
     memcpy(&expected, pair, sizeof expected);
+    const float floats[2] = {fc::element<T>::load(pair[0]), fc::element<T>::load(pair[1])};
+    unpacked &= memcmp(floats, &out[in.size() + 2 * i], sizeof floats) == 0;
     if (out[i] != expected && why.empty()) why = format("(%a, %a) became %08x, not %08x", in[i].x, in[i].y, out[i], expected);
   }
   report().expect(format("pack2_%s_rounds_to_nearest_even_and_puts_lo_low", type), why.empty(), why);
+  report().expect(format("unpack2_%s_gives_what_pack2_made", type), unpacked, "a float differs");
 }
 
 /* ---- loaders of flashcore_wmma.cuh --------------------------------------------------------------------------------------------- */
@@ -480,6 +535,7 @@ int main() {
   test_chunks<2>();
   test_tile_loaders();
   if (has_sm80()) {
+    test_mbarrier();
     test_ldmatrix<false>();
     test_ldmatrix<true>();
     test_mma<__half>("f16");
