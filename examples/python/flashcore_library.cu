@@ -15,8 +15,9 @@ static flashcore_status plan_l4(const flashcore_attention *a, flashcore_attentio
   device.shared_per_sm = l4_shared;
   FLASHCORE_TRY(flashcore_plan_backend(resolved, plan->d.backend, &device, plan, ops, error));
 
-  int reserved = 0;
+  int reserved = 0, most = 0;
   cudaError_t code = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device.ordinal);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal);
   if (code != cudaSuccess) return flashcore_cuda_refuse(error, "cudaDeviceGetAttribute", code);
   cudaFuncAttributes attributes;
   code = cudaFuncGetAttributes(&attributes, plan->kernel);
@@ -27,8 +28,8 @@ static flashcore_status plan_l4(const flashcore_attention *a, flashcore_attentio
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", shared, l4_shared,
                             "device: %d bytes of shared memory per SM cannot stand for the %d of an L4, nor for blocks of %d", shared, l4_shared,
                             block);
-  const int padded = shared / blocks / unit * unit - reserved - fixed, most = device.shared_per_block - fixed;
-  plan->d.shared_bytes = padded < most ? padded : most; // flashcore_launch asks leave for it
+  const int padded = shared / blocks / unit * unit - reserved - fixed;
+  plan->d.shared_bytes = padded < most - fixed ? padded : most - fixed; // flashcore_launch asks leave for it
   return FLASHCORE_OK;
 }
 
