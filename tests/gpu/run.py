@@ -97,8 +97,7 @@ def run_sanitizers(quick):
         return {"error": "not found"}, False
     results, good = {}, True
     for check in SANITIZERS:
-        command = [tool, "--tool", check, "--error-exitcode", "9"]
-        command += [str(BUILD / "test_sweep"), "--tiny", "--count", "8" if quick else "40"]
+        command = [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / "test_sweep"), "--tiny", "--count", "8" if quick else "40"]
         outcome = run_logged(f"sanitizer_{check}", command)
         summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"sanitizer_{check}.log").read_text(errors="replace"), re.M)
         outcome["summary"] = summary[-1] if summary else "no summary"

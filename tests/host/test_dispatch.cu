@@ -32,11 +32,17 @@ static flashcore_status ask(int32_t backend, int32_t dtype, int32_t dim, const f
   return flashcore_plan_backend(&a, backend, &device, plan, ops, error);
 }
 
-static void backend_without_a_file_is_refused_by_name() {
+/* What a question that is to be refused with `status` gets for an answer. */
+static flashcore_error refusal(int32_t backend, int32_t dtype, int32_t dim, flashcore_status status) {
   const flashcore_backend_ops *ops;
   flashcore_plan plan;
   flashcore_error error = {};
-  CHECK(ask(FLASHCORE_BACKEND_WGMMA, FLASHCORE_F16, 64, &ops, &plan, &error) == FLASHCORE_BACKEND_NOT_COMPILED);
+  CHECK(ask(backend, dtype, dim, &ops, &plan, &error) == status);
+  return error;
+}
+
+static void backend_without_a_file_is_refused_by_name() {
+  const flashcore_error error = refusal(FLASHCORE_BACKEND_WGMMA, FLASHCORE_F16, 64, FLASHCORE_BACKEND_NOT_COMPILED);
   CHECK(!strcmp(error.field, "backend") && error.value == FLASHCORE_BACKEND_WGMMA);
 }
 
@@ -50,18 +56,12 @@ static void file_with_the_element_type_answers() {
 }
 
 static void refusal_by_one_file_stands() {
-  const flashcore_backend_ops *ops;
-  flashcore_plan plan;
-  flashcore_error error = {};
-  CHECK(ask(FLASHCORE_BACKEND_MMA, FLASHCORE_F16, 72, &ops, &plan, &error) == FLASHCORE_UNSUPPORTED_DIM);
+  const flashcore_error error = refusal(FLASHCORE_BACKEND_MMA, FLASHCORE_F16, 72, FLASHCORE_UNSUPPORTED_DIM);
   CHECK(!strcmp(error.field, "dim_qk") && error.value == 72 && error.limit == 64);
 }
 
 static void element_type_in_no_file_is_refused_in_words() {
-  const flashcore_backend_ops *ops;
-  flashcore_plan plan;
-  flashcore_error error = {};
-  CHECK(ask(FLASHCORE_BACKEND_MMA, FLASHCORE_F32, 64, &ops, &plan, &error) == FLASHCORE_BACKEND_NOT_COMPILED);
+  const flashcore_error error = refusal(FLASHCORE_BACKEND_MMA, FLASHCORE_F32, 64, FLASHCORE_BACKEND_NOT_COMPILED);
   CHECK(!strcmp(error.field, "dtype") && error.value == FLASHCORE_F32);
 }
 
