@@ -612,6 +612,20 @@ FLASHCORE_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+/* x[j] of lane t becomes x[t] of lane j, within each quad.   callers  all 32 lanes, converged */
+FLASHCORE_DEVICE void quad_transpose(uint32_t (&x)[4]) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & bit) continue;
+      const bool upper = threadIdx.x & bit;
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? x[j] : x[j + bit], bit);
+      if (upper) x[j] = other;
+      else x[j + bit] = other;
+    }
+}
+
 /* Maximum, sum over a warp.   callers  all 32 lanes, converged */
 FLASHCORE_DEVICE float warp_max(float x) {
   for (int lanes = 16; lanes > 0; lanes >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
@@ -629,7 +643,7 @@ FLASHCORE_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvt
  *   ptx      cp.async.cg (16 bytes), cp.async.ca (4, 8), sm_80; below sm_80 loads and stores
  *   shapes   dst: 32-bit shared address; dst and src aligned to kBytes
  *   callers  any thread on its own
- *   orders   nothing until cp_async_wait and a barrier */
+ *   orders   nothing until cp_async_wait_all and a barrier */
 template <int kBytes> FLASHCORE_DEVICE void cp_async(uint32_t dst, const void *src, bool valid) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
 #if FLASHCORE_HAS_SM80
@@ -653,17 +667,12 @@ FLASHCORE_DEVICE void cp_async_16(uint32_t dst, const void *src) {
 #endif
 }
 
-/* Close the group of this thread's copies; wait until at most kPending groups are in flight.
- *   ptx      cp.async.commit_group, cp.async.wait_group, sm_80; below sm_80 nothing to do
+/* Wait until all of this thread's copies have landed.
+ *   ptx      cp.async.wait_all, sm_80; below sm_80 nothing to do
  *   callers  any thread on its own; a barrier must follow before other threads read */
-FLASHCORE_DEVICE void cp_async_commit() {
+FLASHCORE_DEVICE void cp_async_wait_all() {
 #if FLASHCORE_HAS_SM80
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int kPending> FLASHCORE_DEVICE void cp_async_wait() {
-#if FLASHCORE_HAS_SM80
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -680,21 +689,20 @@ FLASHCORE_DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared.b64 state, [%0];\n\t}" ::"r"(barrier) : "memory");
 }
 FLASHCORE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  do {
 #if FLASHCORE_HAS_SM90
-    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
+#define FLASHCORE_MBARRIER_POLL "mbarrier.try_wait" /* sleeps for a while */
 #else
-    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+#define FLASHCORE_MBARRIER_POLL "mbarrier.test_wait"
+#endif
+  uint32_t done;
+  do
+    asm volatile("{\n\t.reg .pred p;\n\t" FLASHCORE_MBARRIER_POLL ".parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
                  : "=r"(done)
                  : "r"(barrier), "r"(parity)
                  : "memory");
-#endif
-  } while (!done);
+  while (!done);
   __syncwarp();
+#undef FLASHCORE_MBARRIER_POLL
 }
 /* Arrives, once all cp.async that this thread has issued are complete.   ptx  cp.async.mbarrier.arrive.noinc, sm_80, PTX 7.0 */
 FLASHCORE_DEVICE void cp_async_arrive(uint32_t barrier) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory"); }
@@ -939,21 +947,28 @@ FLASHCORE_DEVICE void simt_gemm_qk(float (&s)[simt_tile::kWarpRows], const float
   for (int r = 0; r < simt_tile::kWarpRows; ++r) s[r] += part[r];
 }
 
-/* o += P V over the staged chunk; the lane's two dims, the warp's rows. */
-FLASHCORE_DEVICE void simt_gemm_pv(float2 (&o)[simt_tile::kWarpRows], const float (&stage)[simt_tile::kBlockKv][simt_tile::kLd],
-                                   const float4 (&p)[simt_tile::kBlockKv]) {
+/* o = factor o + P V over the staged chunk; the lane's two dims, the warp's rows. */
+FLASHCORE_DEVICE void simt_gemm_pv(float2 (&o)[simt_tile::kWarpRows], const float (&factor)[simt_tile::kWarpRows],
+                                   const float (&stage)[simt_tile::kBlockKv][simt_tile::kLd], const float4 (&p)[simt_tile::kBlockKv]) {
+  constexpr int kPart = 8; /* keys: sums of few terms lose fewer bits */
   const int lane = threadIdx.x % 32;
-#pragma unroll 8
-  for (int j = 0; j < simt_tile::kBlockKv; ++j) {
-    const float4 w = p[j];
-    const float2 v = *reinterpret_cast<const float2 *>(&stage[j][2 * lane]);
-    const float weight[simt_tile::kWarpRows] = {w.x, w.y, w.z, w.w};
+  float2 sum[simt_tile::kWarpRows] = {}; /* of this tile */
+#pragma unroll 1
+  for (int j0 = 0; j0 < simt_tile::kBlockKv; j0 += kPart) {
+    float2 part[simt_tile::kWarpRows] = {};
 #pragma unroll
-    for (int r = 0; r < simt_tile::kWarpRows; ++r) {
-      o[r].x += weight[r] * v.x;
-      o[r].y += weight[r] * v.y;
+    for (int j = j0; j < j0 + kPart; ++j) {
+      const float4 w = p[j];
+      const float2 v = *reinterpret_cast<const float2 *>(&stage[j][2 * lane]);
+      const float weight[simt_tile::kWarpRows] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+      for (int r = 0; r < simt_tile::kWarpRows; ++r) part[r] = make_float2(fmaf(weight[r], v.x, part[r].x), fmaf(weight[r], v.y, part[r].y));
     }
+#pragma unroll
+    for (int r = 0; r < simt_tile::kWarpRows; ++r) sum[r] = make_float2(sum[r].x + part[r].x, sum[r].y + part[r].y);
   }
+#pragma unroll
+  for (int r = 0; r < simt_tile::kWarpRows; ++r) o[r] = make_float2(fmaf(o[r].x, factor[r], sum[r].x), fmaf(o[r].y, factor[r], sum[r].y));
 }
 
 /* One online-softmax step of a row over the lane's key.
@@ -1044,25 +1059,21 @@ FLASHCORE_KERNEL void __launch_bounds__(simt_tile::kThreads, 3)
       if (live) simt_gemm_qk(s, sm.stage, q + d, stride_q, min(tile::kChunk, stride_q - d));
     }
 
-    float p[tile::kWarpRows]; /* s becomes p; o is rescaled */
+    float p[tile::kWarpRows], factor[tile::kWarpRows]; /* s becomes p */
 #pragma unroll
     for (int r = 0; r < tile::kWarpRows; ++r) {
       const score_position at = {w.batch, w.head, row0 + r, key0 + lane, w.sequence.len_q, w.sequence.len_kv};
       const flashcore_range keys = sm.keys[warp * tile::kWarpRows + r];
-      float factor;
-      p[r] = simt_softmax(state[r], s[r], a, rule, at, sm.k_row[lane] && at.key >= keys.first && at.key < keys.last, factor);
-      if (factor == 1.f) continue;
-#pragma unroll
-      for (int c = 0; c < tile::kChunks; ++c) o[c][r] = make_float2(o[c][r].x * factor, o[c][r].y * factor);
+      p[r] = simt_softmax(state[r], s[r], a, rule, at, sm.k_row[lane] && at.key >= keys.first && at.key < keys.last, factor[r]);
     }
     sm.p[warp][lane] = make_float4(p[0], p[1], p[2], p[3]);
     __syncwarp();
 
 #pragma unroll
-    for (int c = 0; c < tile::kChunks; ++c) { /* o += P V */
+    for (int c = 0; c < tile::kChunks; ++c) { /* o = factor o + P V */
       if (c * tile::kChunk >= a.dim_v) continue;
       simt_stage<T>(sm, sm.v_row, c * tile::kChunk, a.dim_v);
-      if (live) simt_gemm_pv(o[c], sm.stage, sm.p[warp]);
+      if (live) simt_gemm_pv(o[c], factor, sm.stage, sm.p[warp]);
     }
   }
 

@@ -19,17 +19,15 @@
  *                             p = exp2(s c - m)   against the reference as it stands; the row sums bound every term
  *                             if a sum is large:  m = max(m, max s c + headroom); o, l scaled along; p again   (rare)
  *                             l += sum p;  o += P V                                                        P never leaves the registers
- *   o / l, through shared memory for wide stores
+ *   o / l, stored from the registers
  *
  * Barrier ledger of section 7:
  *   barrier                  arrivals per stage    who waits     what it hands over
- *   cp.async.wait_group      this thread's copies  each thread   its own chunks of K and V of this stage have landed
+ *   cp.async.wait_all        this thread's copies  each thread   its own chunks of K and V of this stage have landed
  *   kStageBarrier            all warps             all warps     two stages: everybody's chunks have landed, and the other stage may be filled again
  *   full[stage]              all threads (async)   all warps     loose stages: all chunks have landed              parity: of the round
  *   free[stage]              1 per warp            all warps     loose stages: it was read and may be filled again   parity: of the round before
- *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: Q was read, K and V may take its place
- *   __syncthreads (store)    all warps             all warps     nobody reads K, V or Q any more (where O does not lie in the warp's own rows of Q)
- *   __syncwarp (store)       32 lanes              32 lanes      O of the warp's rows lies in shared memory                                    */
+ *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: Q was read, K and V may take its place      */
 #ifndef FLASHCORE_WMMA_CUH
 #define FLASHCORE_WMMA_CUH
 #include "flashcore.h"
@@ -173,7 +171,6 @@ template <typename Traits> struct wmma_loader {
       v += kRowsPerPass * a.v.stride_s;
       keys -= kRowsPerPass;
     }
-    cp_async_commit();
   }
 };
 
@@ -260,8 +257,7 @@ template <typename Traits, typename Rule> struct wmma_warp {
         cp_async<16>(shared_address(staged + i * Traits::kLdQ + chunk * 8), from + query * a.q.stride_s + dim,
                      query < problem.seq.len_q && dim < a.dim_qk);
       }
-      cp_async_commit();
-      cp_async_wait<0>();
+      cp_async_wait_all();
       __syncwarp();
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r)
@@ -457,7 +453,7 @@ FLASHCORE_KERNEL void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
     wmma_warp<Traits, Rule> warp(a, problem, strips);
     for (int stage = 0; k0 < end; k0 += Traits::kBlockKv, stage ^= kStages - 1) {
       const int32_t next = k0 + Traits::kBlockKv;
-      cp_async_wait<0>();
+      cp_async_wait_all();
       __syncthreads(); /* this tile has landed, and every warp is done with the one before */
       if (kStages == 2 && next < end) loader.load(a, stage ^ 1);
       warp.step(a, problem, rule, stages + stage * Traits::kBytesStage, k0);
@@ -690,20 +686,17 @@ struct mma_tile {
   static constexpr int kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps;
   static constexpr int kColumns = kHeadDimV / kColumnWarps; /* of O, per warp */
   /* Products of the next step ahead of the exponentials of this one, where the registers hold O, Q and two steps of S. */
-  static constexpr bool kAhead = kBlockKv > kStep &&kRowTiles *(kColumns / 2 + (kQ == kQShared ? 0 : kHeadDimQk / 4) + kStep) <= 216;
+  static constexpr int kRegistersAhead = kRowTiles * (kColumns / 2 + (kQ == kQShared ? 0 : kHeadDimQk / 4) + kStep);
+  static constexpr bool kAhead = kBlockKv > kStep &&kRegistersAhead <= 216;
   static constexpr bool kLoose = kStages > 2; /* each stage has barriers of its own, and warps may run a stage apart: see mma_ring */
   static constexpr int kRowBytesQk = kHeadDimQk * 2, kRowBytesV = kHeadDimV * 2;
 
-  /* Shared memory: Q [kBlockQ][kHeadDimQk], then per stage K [kBlockKv][kHeadDimQk] and V [kBlockKv][kHeadDimV]; O is staged from the start. */
+  /* Shared memory: Q [kBlockQ][kHeadDimQk], then per stage K [kBlockKv][kHeadDimQk] and V [kBlockKv][kHeadDimV]. */
   static constexpr int kBytesQ = kBlockQ * kRowBytesQk, kBytesK = kBlockKv * kRowBytesQk, kBytesV = kBlockKv * kRowBytesV;
   static constexpr int kOffsetKv = kQ == kQRegistersReuse ? 0 : kBytesQ;
-  static constexpr int kBytesKv = kStages * (kBytesK + kBytesV), kBytesO = kBlockQ * kRowBytesV;
-  static constexpr int kBytesIn = kOffsetKv + kBytesKv > kBytesQ ? kOffsetKv + kBytesKv : kBytesQ;
-  static constexpr int kOffsetQ = kQ == kQRegistersReuse ? kBytesIn - kBytesQ : 0; /* at the end, so that the first stage may land beside it */
+  static constexpr int kEndKv = kOffsetKv + kStages * (kBytesK + kBytesV), kSharedBytes = kEndKv > kBytesQ ? kEndKv : kBytesQ;
+  static constexpr int kOffsetQ = kQ == kQRegistersReuse ? kSharedBytes - kBytesQ : 0; /* at the end, so that the first stage may land beside it */
   static constexpr bool kQBesideKv = kQ != kQRegistersReuse || (kLoose && kOffsetQ >= kBytesK + kBytesV); /* two stages may begin with the second */
-  static constexpr int kSharedBytes = kBytesIn > kBytesO ? kBytesIn : kBytesO;
-  /* A warp may stage its O over its own rows of Q, unless others still read what lies there. */
-  static constexpr bool kOwnRowsForO = kOffsetKv >= kBytesO && kRowBytesV == kRowBytesQk && kColumnWarps == 1;
 
   static_assert(sizeof(T) == 2, "16-bit elements");
   static_assert(kHeadDimQk % 16 == 0 && kColumns % 16 == 0, "an mma step is 16 wide");
@@ -721,8 +714,8 @@ template <typename T, int kHeadDimQk, int kHeadDimV, mma_shape kShape> struct mm
 #define FLASHCORE_MMA_TILE(qk, v, shape, ...)                                                                                                        \
   template <typename T> struct mma_tile_for<T, qk, v, shape> : mma_tile<T, qk, v, __VA_ARGS__> {}
 
-/* Registers decide all of them: 255 per thread, for 256 threads on an SM. What an L4 runs does not spill, nor what sm_90
- * runs but the general kernel of 256 dims (4 bytes). For other chips, wide tiles of 128 and 256 dims and the compact one of 128 spill 4 to 12 bytes.
+/* Registers decide all of them: 255 per thread, for 256 threads on an SM. What sm_89 and sm_90 run does not spill, but for 4 bytes in the general
+ * kernel of 256 dims. Spills elsewhere: sm_80's wide tiles of 128 and 256 dims, 4 and 8 bytes; sm_100 and sm_120, up to 92 in that general kernel.
  *                  dims              row tiles, row warps, column warps, keys, step, stages, Q, blocks per SM */
 FLASHCORE_MMA_TILE(32, 32, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(32, 32, kNarrow, 1, 4, 1, 64, 64, 2, kQRegisters, 4);
@@ -748,7 +741,7 @@ FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16
  * 5  mma.sync: loaders
  * ================================================================================================================================ */
 
-/* 16 bytes whose address is a multiple of `align` = 8, 4 or 2 only, to and from shared memory; dst as a 32-bit shared address. */
+/* 16 bytes whose address is a multiple of `align` = 8, 4 or 2 only, into shared memory at dst; out of registers. */
 FLASHCORE_DEVICE void copy_chunk(uint32_t dst, const char *src, bool valid, int align) {
   if (align >= 8) {
     for (int i = 0; i < 16; i += 8) cp_async<8>(dst + i, src + i, valid);
@@ -814,10 +807,12 @@ template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
 
 /* How the plan spreads the work; passed beside the descriptor. */
 struct mma_schedule {
-  divisor tiles;    /* query tiles per head (of the longest sequence) */
+  int32_t tiles;    /* query tiles per unit (of the longest sequence) */
   divisor pack;     /* query heads packed into a tile's rows: row r is query r / pack of head r % pack; 1 or the group size */
   divisor heads;    /* heads_q / pack: units of work per batch entry */
-  divisor units;    /* heads * batch */
+  divisor together; /* units whose tiles are taken in turn: the first tiles of all of them, the second tiles ... */
+  divisor last;     /* the same for what is left at the end */
+  divisor set;      /* together * tiles */
   divisor group;    /* heads_q / heads_kv */
   float scale_log2; /* of the products, in log2 units; 1 in general kernels, whose rule scales */
   int32_t order;    /* mma_order */
@@ -825,25 +820,29 @@ struct mma_schedule {
   int32_t align;    /* bytes that all K, V, Q and O addresses are a multiple of: 16, 8, 4 or 2 */
 };
 enum mma_order {
-  kTileFastest, /* a head's tiles one after another: they share K and V in L2 */
-  kHeavyFirst,  /* longest tiles of all heads first, when K and V of all heads fit L2 together */
-  kZigZag,      /* down through the tiles, then up: for grids of about two blocks per SM, so that a heavy and a light one meet */
+  kTileFastest,  /* a unit's tiles one after another: they share K and V in L2 */
+  kLongestFirst, /* longest tiles of many units first, so that the SMs end together; as many as K and V in L2 allow */
+  kZigZag,       /* of all units, down through the tiles, then up: for grids of about two blocks per SM, so that a heavy and a light one meet */
 };
 
 /* The schedule of a problem (resolved), and its grid: one-dimensional, kThreads threads, kSharedBytes of dynamic shared memory.
  *   general  the kernel has a rule, which scales the logits itself
  *   pack     1, or heads_q / heads_kv
- *   order    mma_order; kTileFastest is right for everything, the others pay for causal problems
+ *   order    mma_order; any is right for everything, the later two pay for causal problems
  *   align    what every row address of Q, K, V and O is a multiple of, in bytes; below 16 only for kernels with a rule */
 FLASHCORE_INLINE mma_schedule make_mma_schedule(const flashcore_attention &a, int32_t block_q, bool general, int32_t pack, int32_t order,
                                                 int32_t align, int64_t &grid) {
-  const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack;
-  grid = (int64_t)tiles * heads * a.batch;
+  const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack, units = heads * a.batch;
+  /* Measured on the H200, causal, 512 to 16384 keys: 64 units are 1.04 to 1.08 times as fast as one, at 256 dims 32 are. More is no better. */
+  const int32_t most = order == kTileFastest ? 1 : order == kZigZag ? units : a.dim_qk > 128 ? 32 : 64, together = most < units ? most : units;
+  grid = (int64_t)tiles * units;
   mma_schedule s;
-  s.tiles = make_divisor(tiles);
+  s.tiles = tiles;
   s.pack = make_divisor(pack);
   s.heads = make_divisor(heads);
-  s.units = make_divisor(heads * a.batch);
+  s.together = make_divisor(together);
+  s.last = make_divisor(units % together ? units % together : 1);
+  s.set = make_divisor(together * tiles);
   s.group = make_divisor(a.heads_q / a.heads_kv);
   s.scale_log2 = general ? 1.f : flashcore_scale_log2(a.scale);
   s.order = order;
@@ -881,16 +880,12 @@ template <typename Tile> struct mma_shared {
 
 /* Tile, head and batch entry of a block. False: nothing to do (a tile past the end of a short sequence). */
 template <typename Tile> FLASHCORE_DEVICE bool mma_find_work(const flashcore_attention &a, const mma_schedule &plan, int32_t block, mma_work &w) {
-  int32_t tile, unit;
-  if (plan.order == kTileFastest) {
-    unit = plan.tiles.quotient(block);
-    tile = block - unit * plan.tiles.d;
-  } else {
-    tile = plan.units.quotient(block);
-    unit = block - tile * plan.units.d;
-    if (plan.order == kZigZag && tile >= plan.tiles.d / 2) tile = plan.tiles.d - 1 - (tile - plan.tiles.d / 2);
-  }
-  if (a.causal) tile = plan.tiles.d - 1 - tile; /* longest first */
+  const int32_t set = plan.set.quotient(block), first = set * plan.together.d, at = block - set * plan.set.d;
+  const divisor together = plan.heads.d * a.batch - first < plan.together.d ? plan.last : plan.together;
+  int32_t tile = together.quotient(at);
+  const int32_t unit = first + at - tile * together.d;
+  if (plan.order == kZigZag && tile >= plan.tiles / 2) tile = plan.tiles - 1 - (tile - plan.tiles / 2);
+  if (a.causal) tile = plan.tiles - 1 - tile; /* longest first */
   w.batch = plan.heads.quotient(unit);
   w.head = (unit - w.batch * plan.heads.d) * plan.pack.d;
   w.seq = flashcore_sequence_at(&a, w.batch);
@@ -950,8 +945,7 @@ template <typename Tile> struct mma_ring {
     if constexpr (Tile::kLoose) {
       const uint32_t full = (uint32_t)warp_uniform((int32_t)shared_address(&block.full[next(tile)]));
       if (!plain) return cp_async_arrive(full);
-      cp_async_commit();
-      cp_async_wait<0>();
+      cp_async_wait_all();
       mbarrier_arrive(full);
     }
   }
@@ -967,8 +961,7 @@ template <typename Tile> struct mma_ring {
   }
   __forceinline__ __device__ void wait_full() const {
     if constexpr (Tile::kLoose) return mbarrier_wait(shared_address(&block.full[at]), parity);
-    cp_async_commit(); /* here and not behind the copies: it would wait until they are on their way */
-    cp_async_wait<0>();
+    cp_async_wait_all();
     barrier_sync<kStageBarrier, Tile::kThreads>();
   }
 };
@@ -985,9 +978,10 @@ template <typename Tile> struct mma_warp {
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
    * that count are normal in f16. Up to 2^kLimit no term overflows. */
   static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr float kHeadroomWary = 7.f;                                 /* where references keep moving */
   static constexpr bool kWaryLoop = Tile::kBlockKv > kEdgeStep;               /* where a stage is one step, edge_tile is as good */
-  /* Fragments that are read before something that takes time: copies, exponentials, a vote. */
-  static constexpr int kEarly = Tile::kHeadDimQk > 128 ? 3 : 4;
+  /* Fragments that are read before something that takes time: copies, exponentials, a vote. As many as the registers allow. */
+  static constexpr int kEarly = Tile::kHeadDimQk > 128 || !FLASHCORE_HAS_SM90 ? 3 : 4;
   struct fragments {
     uint32_t f[kEarly][4];
   };
@@ -1224,21 +1218,21 @@ template <typename Tile> struct mma_warp {
       for (int h = 0; h < 2; ++h) fit &= fmaf(lane_max(s, i, h), scale_log2, -m[i][h]) <= kLimit;
     return __all_sync(0xffffffffu, fit);
   }
-  /* A reference for these scores: the maximum of row g + 8 h of row tile i, and kHeadroom.   callers  all 32 lanes, converged */
+  /* A reference for these scores, without headroom: the maximum of row g + 8 h of row tile i.   callers  all 32 lanes, converged */
   template <int kTiles>
   static __forceinline__ __device__ float reference_for(const float (&s)[kRowTiles][kTiles][4], int i, int h, float scale_log2) {
-    return softmax_reference(quad_max(lane_max(s, i, h)), scale_log2) + kHeadroom;
+    return softmax_reference(quad_max(lane_max(s, i, h)), scale_log2);
   }
-  /* Move every row's reference up to its maximum so far and kHeadroom; o and l follow.
+  /* Move every row's reference up to its maximum so far and the headroom; o and l follow.
    *   returns  false: some reference is so large that its last bit outweighs the headroom, and terms need edge_tile's cap
    *   callers  all 32 lanes, converged */
-  template <int kTiles> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
+  template <int kTiles> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2, float headroom) {
     bool fine = true;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float top = fmaxf(m[i][h], reference_for(s, i, h, scale_log2)), factor = ex2(m[i][h] - top);
+        const float top = fmaxf(m[i][h], reference_for(s, i, h, scale_log2) + headroom), factor = ex2(m[i][h] - top);
         m[i][h] = top;
         fine &= fabsf(top) < 67108864.f;
         l[i][h] *= factor;
@@ -1288,7 +1282,7 @@ template <typename Tile> struct mma_warp {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) m[i][h] = fmaxf(m[i][h], reference_for(s, i, h, plan.scale_log2));
+      for (int h = 0; h < 2; ++h) m[i][h] = fmaxf(m[i][h], reference_for(s, i, h, plan.scale_log2) + kHeadroom);
   }
 
   /* inner_tile leaves what it has not taken to edge_tile. */
@@ -1319,7 +1313,7 @@ template <typename Tile> struct mma_warp {
       if (kAhead && c + kStep < Tile::kBlockKv) gemm_qk(s[(c / kStep + 1) % 2], k_tile + (c + kStep) * Tile::kRowBytesQk);
       const auto &now = s[kAhead ? c / kStep % 2 : 0];
       if (!kTrusts && !terms_fit(now, scale_log2)) {
-        if (!raise(now, scale_log2)) return leave_at(w, c);
+        if (!raise(now, scale_log2, kHeadroomWary)) return leave_at(w, c);
         if (lane() == 0) w.trust = kWary;
       }
       early_v(early, v_tile + c * Tile::kRowBytesV);
@@ -1347,7 +1341,7 @@ template <typename Tile> struct mma_warp {
         gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
         if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
         if (key + kEdgeStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
-        if (look) raise(s, plan.scale_log2);
+        if (look) raise(s, plan.scale_log2, kHeadroom);
         exponentiate<true>(s, p, sum, plan.scale_log2);
         again = !look && !sums_fit(sum); /* a capped sum is large, too */
         look = true;
@@ -1392,16 +1386,10 @@ template <typename Tile> struct mma_warp {
       ring.release();
       next_tile();
     };
-    if (Tile::kLoose) __syncthreads(); /* the barriers exist */
-    if (w.tile_begin >= w.tile_end) {  /* Q must have landed before O is staged over it */
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
-      return;
-    }
+    if (Tile::kLoose) __syncthreads();                          /* the barriers exist */
+    if (w.tile_begin >= w.tile_end) return cp_async_wait_all(); /* Q was for nothing */
     if constexpr (!Tile::kQBesideKv) {
-      cp_async_commit();
-      cp_async_wait<0>();
+      cp_async_wait_all();
       __syncthreads();
       hold_q();
       __syncthreads(); /* K and V go where Q was */
@@ -1473,45 +1461,29 @@ template <typename Tile> struct mma_warp {
         }
       }
   }
-  /* O through shared memory, so that global stores are 16 bytes wide; live rows and dims only. */
-  template <bool kGeneral>
-  __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, unsigned char *shared) {
-    if (Tile::kOwnRowsForO) __syncwarp(); /* lanes may still read Q where others write O */
-    else __syncthreads();
-    const int chunk0 = (int)threadIdx.x / 32 / Tile::kRowWarps * (Tile::kColumns / 8);
+  /* O of live rows and dims. The lanes of a quad trade words, so that each has a chunk of 16 bytes: of four column tiles, lane t gets tile t.
+   *   callers  all 32 lanes, converged */
+  template <bool kGeneral> __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w) {
+    const int dim0 = (int)threadIdx.x / 32 / Tile::kRowWarps * Tile::kColumns + lane() % 4 * 8;
+    T *const o_head = static_cast<T *>(a.o.data) + w.seq.o + w.head * a.o.stride_h + dim0;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-      for (int n = 0; n < kTilesO; ++n)
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(w, i, h), query = plan.pack.quotient(row), dims = row < w.rows ? a.dim_v - dim0 : 0;
+        T *const dst = o_head + query * a.o.stride_s + (row - query * plan.pack.d) * a.o.stride_h;
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          *reinterpret_cast<uint32_t *>(shared + tile_v::offset(row0() + i * 16 + h * 8 + lane() / 4, chunk0 + n) + lane() % 4 * 4) =
-              pack2<T>(o[i][n][2 * h], o[i][n][2 * h + 1]);
-    __syncwarp();
-    constexpr int kChunks = Tile::kColumns / 8, kLowBit = kChunks & -kChunks, kLanes = kLowBit < 32 ? kLowBit : 32; /* lanes along a row */
-    constexpr int kRowsPerPass = 32 / kLanes, kPasses = Tile::kWarpRows / kRowsPerPass;
-    const int r0 = row0() + lane() / kLanes, rows = w.rows - w.row0;
-    char *base = static_cast<char *>(a.o.data) + 2 * (w.seq.o + w.head * a.o.stride_h);
-    const int64_t stride = 2 * a.o.stride_s;
-    if (plan.pack.d == 1 && row0() + Tile::kWarpRows <= rows && a.dim_v == Tile::kHeadDimV && (!kGeneral || plan.align == 16)) {
-      char *dst = base + (w.row0 + r0) * stride + (chunk0 + lane() % kLanes) * 16;
+        for (int n = 0; n < kTilesO; n += 4) {
+          uint32_t x[4];
 #pragma unroll
-      for (int i = 0; i < kPasses; ++i)
-#pragma unroll
-        for (int c = 0; c < kChunks; c += kLanes)
-          *reinterpret_cast<uint4 *>(dst + i * kRowsPerPass * stride + c * 16) =
-              *reinterpret_cast<const uint4 *>(shared + tile_v::offset(r0 + i * kRowsPerPass, chunk0 + c + lane() % kLanes));
-      return;
-    }
-#pragma unroll 1
-    for (int i = lane(); i < Tile::kWarpRows * kChunks; i += 32) {
-      const int r = row0() + i / kChunks, chunk = chunk0 + i % kChunks, query = plan.pack.quotient(w.row0 + r);
-      if (r >= rows || chunk * 8 >= a.dim_v) continue;
-      char *dst = base + query * stride + 2 * (w.row0 + r - query * plan.pack.d) * a.o.stride_h + chunk * 16;
-      const uint4 value = *reinterpret_cast<const uint4 *>(shared + tile_v::offset(r, chunk));
-      if (kGeneral && plan.align < 16) store_chunk(dst, value);
-      else *reinterpret_cast<uint4 *>(dst) = value;
-    }
+          for (int t = 0; t < 4; ++t) x[t] = n + t < kTilesO ? pack2<T>(o[i][n + t][2 * h], o[i][n + t][2 * h + 1]) : 0u;
+          quad_transpose(x);
+          if (n * 8 >= dims) continue;
+          const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
+          if (kGeneral && plan.align < 16) store_chunk(reinterpret_cast<char *>(dst + n * 8), chunk);
+          else *reinterpret_cast<uint4 *>(dst + n * 8) = chunk;
+        }
+      }
   }
 };
 
@@ -1536,7 +1508,7 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   warp.init(a, plan, work, block, shared);
   warp.mainloop(a, plan, block, shared, rule);
   warp.finish(a, plan, block.work());
-  warp.template store<Rule::kActive>(a, plan, block.work(), flashcore_shared);
+  warp.template store<Rule::kActive>(a, plan, block.work());
 #else
   __trap();
 #endif
@@ -1643,11 +1615,9 @@ static flashcore_status flashcore_mma_schedule(const flashcore_attention *a, con
     return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
                             "batch: %d entries of %lld blocks pass the mma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
   d->grid *= a->batch;
-  const double kv_bytes = 2.0 * a->batch * a->heads_kv * a->seq_kv * (a->dim_qk + a->dim_v);
   plan->param[FLASHCORE_MMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
                                      : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
-                                     : kv_bytes <= 30e6                ? flashcore::kHeavyFirst /* half of an H100's or L4's L2 */
-                                                                       : flashcore::kTileFastest;
+                                                                       : flashcore::kLongestFirst;
   return FLASHCORE_OK;
 }
 

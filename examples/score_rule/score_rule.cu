@@ -68,7 +68,7 @@ static __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         warp.o[i][n][2 * h + 1] *= g;
       }
     }
-  warp.template store<true>(a, plan, work, gated_attention_shared);
+  warp.template store<true>(a, plan, work);
 #else
   __trap();
 #endif

@@ -18,6 +18,7 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::softmax_term<60>);
   keep(table, count, &fc::quad_max);
   keep(table, count, &fc::quad_sum);
+  keep(table, count, &fc::quad_transpose);
   keep(table, count, &fc::warp_max);
   keep(table, count, &fc::warp_sum);
   keep(table, count, &fc::shared_address);
@@ -25,9 +26,7 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::cp_async<8>);
   keep(table, count, &fc::cp_async<16>);
   keep(table, count, &fc::cp_async_16);
-  keep(table, count, &fc::cp_async_commit);
-  keep(table, count, &fc::cp_async_wait<0>);
-  keep(table, count, &fc::cp_async_wait<1>);
+  keep(table, count, &fc::cp_async_wait_all);
 #if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
   keep(table, count, &fc::mbarrier_init);
   keep(table, count, &fc::mbarrier_arrive);

@@ -171,8 +171,16 @@ static void test_groups() {
 }
 
 static void test_many_heads() {
-  Case c = sized(FLASHCORE_F16, 1001, 70, 35, 3, 5, 32);
-  check("more_than_65535_heads", {c});
+  check("more_than_65535_heads", {sized(FLASHCORE_F16, 1001, 70, 35, 3, 5, 32)});
+  std::vector<Case> causal; // heads come in sets of 32 or 64: whole sets, and a rest
+  for (int heads : {31, 32, 33, 65}) {
+    for (int dim : {64, 256}) {
+      Case c = sized(FLASHCORE_F16, 2, heads, 1, 700, 700, dim);
+      c.causal = 1;
+      causal.push_back(c);
+    }
+  }
+  check("many_causal_heads", causal);
 }
 
 /* ---- options ------------------------------------------------------------------------------------------------------------------- */

@@ -81,6 +81,21 @@ static void test_reductions() {
   report().expect("warp_reductions_reach_every_lane_with_the_same_bits", warp, "a lane differs");
 }
 
+static __global__ void transpose_kernel(const uint32_t *, int, uint32_t *y) {
+  uint32_t x[4];
+  for (uint32_t j = 0; j < 4; ++j) x[j] = 4 * threadIdx.x + j;
+  fc::quad_transpose(x);
+  for (uint32_t j = 0; j < 4; ++j) y[4 * threadIdx.x + j] = x[j];
+}
+
+static void test_transpose() {
+  const std::vector<uint32_t> y = on_device<uint32_t, uint32_t>(transpose_kernel, {0}, 128);
+  bool right = true;
+  for (uint32_t lane = 0; lane < 32; ++lane)
+    for (uint32_t j = 0; j < 4; ++j) right &= y[4 * lane + j] == 4 * (lane / 4 * 4 + j) + lane % 4;
+  report().expect("quad_transpose_stays_in_its_quad", right, "a word is not where it belongs");
+}
+
 /* ---- cp_async ------------------------------------------------------------------------------------------------------------------ */
 
 /* Lanes alternate between a copy and a zero-fill; words in between must stay as they were. */
@@ -91,8 +106,7 @@ template <int kBytes> static __global__ void cp_async_kernel(const uint32_t *src
   __syncwarp();
   const int lane = threadIdx.x;
   fc::cp_async<kBytes>(fc::shared_address(&tile[lane * kPitch]), src + lane * kWords, lane % 2 == 0);
-  fc::cp_async_commit();
-  fc::cp_async_wait<0>();
+  fc::cp_async_wait_all();
   __syncthreads();
   for (int i = lane; i < 32 * kPitch; i += 32) out[i] = tile[i];
 }
@@ -404,8 +418,7 @@ template <int kAlign> static __global__ void chunk_kernel(const uint16_t *in, in
   chunks[2 * lane] = chunks[2 * lane + 1] = make_uint4(0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu);
   __syncwarp();
   fc::copy_chunk(fc::shared_address(&chunks[2 * lane]), reinterpret_cast<const char *>(in) + lane * 32 + kAlign, lane % 2 == 0, kAlign);
-  fc::cp_async_commit();
-  fc::cp_async_wait<0>();
+  fc::cp_async_wait_all();
   __syncwarp();
   fc::store_chunk(reinterpret_cast<char *>(out) + lane * 32 + kAlign, chunks[2 * lane]);
   out[32 * 16 + lane] = reinterpret_cast<const uint16_t *>(&chunks[2 * lane + 1])[0]; // must be as it was
@@ -450,8 +463,7 @@ template <int kRowBytes> static __global__ void tile_kernel(const uint32_t *in, 
   if (how.align == 0) loader::load(dst, base, how.stride_bytes);
   else if (how.align == 16) loader::load_edge(dst, base, how.stride_bytes, how.rows, how.chunks);
   else loader::load_unaligned(dst, base, how.stride_bytes, how.rows, how.chunks, how.align);
-  fc::cp_async_commit();
-  fc::cp_async_wait<0>();
+  fc::cp_async_wait_all();
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kRowBytes / 4; i += kTileThreads) out[i] = tile[i];
 }
@@ -514,6 +526,7 @@ static bool has_sm80() {
 int main() {
   test_ex2();
   test_reductions();
+  test_transpose();
   test_cp_async<4>();
   test_cp_async<8>();
   test_cp_async<16>();

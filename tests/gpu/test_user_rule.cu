@@ -71,7 +71,7 @@ template <typename Tile> struct with_mma {
   template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int align) {
     const int group = a.heads_q / a.heads_kv, pack = a.seq_q * group <= Tile::kBlockQ ? group : 1;
     int64_t blocks;
-    const fc::mma_schedule plan = fc::make_mma_schedule(a, Tile::kBlockQ, true, pack, fc::kHeavyFirst, align, blocks);
+    const fc::mma_schedule plan = fc::make_mma_schedule(a, Tile::kBlockQ, true, pack, fc::kLongestFirst, align, blocks);
     allow_shared((const void *)fc::mma_kernel<Tile, Rule>, Tile::kSharedBytes);
     fc::mma_kernel<Tile, Rule><<<(unsigned)blocks, Tile::kThreads, Tile::kSharedBytes>>>(a, plan, rule);
   }
