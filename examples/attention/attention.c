@@ -1,6 +1,6 @@
 /* Demonstrates the C API from plain C11: attention on .npy files, every option of the descriptor from a flag, checked against the CPU reference.
  *
- *   nvcc -std=c++17 -gencode arch=compute_90,code=sm_90 -c examples/common/library.cu -o library.o
+ *   nvcc -std=c++17 -gencode arch=compute_90a,code=sm_90a -c examples/common/library.cu -o library.o
  *   gcc -std=c11 -O2 -I/usr/local/cuda/include -c examples/attention/attention.c -o attention.o
  *   nvcc attention.o library.o -o attention
  *   ./attention                                  layers of a small transformer on real text (tests/data), run from the repository's root

@@ -1,6 +1,6 @@
 // Demonstrates how FlashCore is timed without Python: random data, the output checked on the same GPU, CUDA-graph replays, the median.
 //
-//   nvcc -std=c++17 -O2 -gencode arch=compute_90,code=sm_90 examples/bench/bench.cu examples/common/library.cu -o bench
+//   nvcc -std=c++17 -O2 -gencode arch=compute_90a,code=sm_90a examples/bench/bench.cu examples/common/library.cu -o bench
 //   ./bench --csv bench.csv && python3 examples/bench/plot.py bench.csv bench.png
 //   ./bench --small --dtype bf16 --backend wmma
 //

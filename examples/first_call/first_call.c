@@ -1,6 +1,6 @@
 /* Demonstrates the first call, from plain C: fill the descriptor, run it, read why when it is refused.
  *
- *   nvcc -std=c++17 -O3 -gencode arch=compute_90,code=sm_90 -c examples/common/library.cu -o library.o
+ *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c examples/common/library.cu -o library.o
  *   gcc -std=c11 -I/usr/local/cuda/include -c examples/first_call/first_call.c -o first_call.o
  *   nvcc first_call.o library.o -o first_call && ./first_call
  *

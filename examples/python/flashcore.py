@@ -3,7 +3,7 @@
     import flashcore                                 # with examples/python on sys.path; the first use compiles the library with nvcc
     o = flashcore.attention(q, k, v, causal=True)    # (batch, seq, heads, dim) tensors in any memory order, no copies
 
-    nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90,code=sm_90 examples/python/flashcore_library.cu -o libflashcore.so
+    nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90a,code=sm_90a examples/python/flashcore_library.cu -o libflashcore.so
     FLASHCORE_LIBRARY=libflashcore.so python3 ...    # or give it the library that you compiled
 """
 import ctypes
@@ -119,7 +119,8 @@ def library():
         return load(os.environ["FLASHCORE_LIBRARY"])
     import torch
 
-    return load(build("%d%d" % torch.cuda.get_device_capability()))
+    arch = "%d%d" % torch.cuda.get_device_capability()
+    return load(build("90a" if arch == "90" else arch))  # plain sm_90 has no wgmma
 
 
 def _dtype(x):

@@ -1,6 +1,6 @@
 // Demonstrates FlashCore as a shared library for other languages: the C API, and sizes by which a binding can check that its structs match.
 //
-//   nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90,code=sm_90 examples/python/flashcore_library.cu -o libflashcore.so
+//   nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90a,code=sm_90a examples/python/flashcore_library.cu -o libflashcore.so
 #include "../common/library.cu"
 
 // For race.py --l4, a measurement device and not an API: the plan for an SM with an L4's shared memory, its blocks padded until only as many fit this
@@ -9,11 +9,12 @@ static flashcore_status plan_l4(const flashcore_attention *a, flashcore_attentio
                                 flashcore_error *error) {
   const int l4_shared = 100 * 1024, unit = 128; // bytes per SM; per step in which blocks are given them, on the L4 as on Hopper
   flashcore_device device;
-  FLASHCORE_TRY(flashcore_choose(a, -1, resolved, plan, ops, error)); // for the backend alone
+  FLASHCORE_TRY(flashcore_validate(a, error));
   FLASHCORE_TRY(flashcore_query_device(-1, &device, error));
-  const int shared = device.shared_per_sm;
+  flashcore_resolve(a, resolved);
+  const int shared = device.shared_per_sm, backend = a->backend == FLASHCORE_BACKEND_AUTO ? FLASHCORE_BACKEND_MMA : a->backend; // an L4 has no wgmma
   device.shared_per_sm = l4_shared;
-  FLASHCORE_TRY(flashcore_plan_backend(resolved, plan->d.backend, &device, plan, ops, error));
+  FLASHCORE_TRY(flashcore_plan_backend(resolved, backend, &device, plan, ops, error));
 
   int reserved = 0, most = 0;
   cudaError_t code = cudaDeviceGetAttribute(&reserved, cudaDevAttrReservedSharedMemoryPerBlock, device.ordinal);

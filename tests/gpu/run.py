@@ -35,7 +35,8 @@ def find_tool(name):
 def ask_device():
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader", "-i", "0"]
     name, capability, driver = [x.strip() for x in subprocess.check_output(query, text=True).strip().split(",")]
-    return name, capability.replace(".", ""), driver
+    arch = capability.replace(".", "")
+    return name, "90a" if arch == "90" else arch, driver  # plain sm_90 has no wgmma
 
 
 def cuda_version(nvcc):
