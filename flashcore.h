@@ -21,7 +21,7 @@
  * objects as a whole: nothing else refers to them.)
  *
  * Contents
- *   1  version, options, feature tests        6  building blocks: reductions, exp2, cp.async, swizzle, vector access
+ *   1  version, options, feature tests        6  building blocks: reductions, exp2, cp.async, swizzle, matrix fragments
  *   2  C API: types and functions             7  online softmax
  *   3  plain helpers, host and device         8  SIMT kernel
  *   4  element types on the device            9  merge kernel
@@ -719,6 +719,77 @@ template <int kRowBytes> struct swizzled_tile {
   static constexpr int kSpan = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1; /* chunks permuted among themselves */
   static FLASHCORE_MEMBER int mix(int row) { return row / (8 / kSpan) % kSpan; }
   static FLASHCORE_MEMBER uint32_t offset(int row, int chunk) { return (uint32_t)(row * kRowBytes + ((chunk ^ mix(row)) << 4)); }
+};
+
+#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+
+/* Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
+ *   ptx      ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16, sm_75, PTX 6.5
+ *   shapes   r[j]: matrix j, row lane / 4, columns 2 * (lane % 4) + {0, 1} (transposed: column lane / 4, rows ...)
+ *   callers  all 32 lanes, converged */
+FLASHCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+FLASHCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+/* d += a b, f32 accumulators.
+ *   ptx      mma.sync.aligned.m16n8k16.row.col.f32.{f16,bf16}.{f16,bf16}.f32, sm_80, PTX 7.0
+ *   callers  all 32 lanes, converged
+ *
+ * Accumulator f32 d[4]; lane L, g = L / 4, t = L % 4:         A, 16x16, a[4], two elements each:    B, 16x8:
+ *              col 2t   2t+1                                           k 2t,2t+1   k 2t+8,+9            n g
+ *    row g    [ d0      d1 ]                                   row g   [  a0          a2 ]      k 2t,2t+1   [ b0 ]
+ *    row g+8  [ d2      d3 ]                                   row g+8 [  a1          a3 ]      k 2t+8,+9   [ b1 ]
+ * Two accumulators side by side, rounded and packed in pairs, are the A operand of the next product: P needs no shuffle. */
+template <typename T> FLASHCORE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> __forceinline__ __device__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __forceinline__ __device__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two floats rounded to T, `lo` in the low half.   ptx  cvt.rn.{f16x2,bf16x2}.f32, sm_80 */
+template <typename T> FLASHCORE_DEVICE uint32_t pack2(float lo, float hi);
+template <> __forceinline__ __device__ uint32_t pack2<__half>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+template <> __forceinline__ __device__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+  return r;
+}
+
+/* What pack2 made of them. */
+template <typename T> FLASHCORE_DEVICE void unpack2(uint32_t x, float &lo, float &hi);
+template <> __forceinline__ __device__ void unpack2<__half>(uint32_t x, float &lo, float &hi) {
+  asm("{\n\t.reg .b16 a, b;\n\tmov.b32 {a, b}, %2;\n\tcvt.f32.f16 %0, a;\n\tcvt.f32.f16 %1, b;\n\t}" : "=f"(lo), "=f"(hi) : "r"(x));
+}
+template <> __forceinline__ __device__ void unpack2<__nv_bfloat16>(uint32_t x, float &lo, float &hi) {
+  lo = __uint_as_float(x << 16);
+  hi = __uint_as_float(x & 0xffff0000u);
+}
+
+#endif /* FLASHCORE_HAS_SM80 */
+
+/* Row and column of element i of an m16n8 accumulator. */
+struct mma_accumulator {
+  static FLASHCORE_MEMBER int row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
+  static FLASHCORE_MEMBER int col(int lane, int i) { return 2 * (lane % 4) + i % 2; }
 };
 
 /* ================================================================================================================================

@@ -6,22 +6,21 @@
  * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
  *   1  nvcuda::wmma: traits, kernel                              WMMA      f16            <= 32, 64, 128                                sm_75
  *   2  nvcuda::wmma: plan and launch                                       bf16           same                                          sm_80
- *   3  mma.sync: PTX wrappers and fragments                      MMA       f16, bf16      <= 32, 64, 80, 96, 128, 192, 256, 512,         sm_80
- *   4  mma.sync: one struct describes one kernel                                          (192, 128)
- *   5  mma.sync: loaders                                         not served by either: fp32, fp8, page tables, key splits (SIMT serves
- *   6  mma.sync: which rows and keys a block works on            all of them but fp8)
- *   7  mma.sync: the mainloop
- *   8  mma.sync: kernel                                          FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
- *   9  mma.sync: plan and launch
+ *   3  mma.sync: one struct describes one kernel                 MMA       f16, bf16      <= 32, 64, 80, 96, 128, 192, 256, 512,         sm_80
+ *   4  mma.sync: loaders                                                                  (192, 128)
+ *   5  mma.sync: which rows and keys a block works on            not served by either: fp32, fp8, page tables, key splits (SIMT serves
+ *   6  mma.sync: the mainloop                                    all of them but fp8)
+ *   7  mma.sync: kernel
+ *   8  mma.sync: plan and launch                                 FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
  *
- * The algorithm of section 7, for 16 kRowTiles query rows per warp; m: reference, l: sum of terms, in the letters of the code:
+ * The algorithm of section 6, for 16 kRowTiles query rows per warp; m: reference, l: sum of terms, in the letters of the code:
  *   for each stage of keys:   s = Q K^T           mma, accumulators in registers
  *                             p = exp2(s c - m)   against the reference as it stands; the row sums bound every term
  *                             if a sum is large:  m = max(m, max s c + headroom); o, l scaled along; p again   (rare)
  *                             l += sum p;  o += P V                                                        P never leaves the registers
  *   o / l, stored from the registers
  *
- * Barrier ledger of section 7:
+ * Barrier ledger of section 6:
  *   barrier                  arrivals per stage    who waits     what it hands over
  *   cp.async.wait_all        this thread's copies  each thread   its own chunks of K and V of this stage have landed
  *   kStageBarrier            all warps             all warps     two stages: everybody's chunks have landed, and the other stage may be filled again
@@ -579,82 +578,7 @@ namespace flashcore {
 inline namespace v0_1_0 {
 
 /* ================================================================================================================================
- * 3  mma.sync: PTX wrappers and fragments
- * ================================================================================================================================ */
-
-#if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
-
-/* Four 8x8 matrices of 16-bit elements from shared memory; lane i gives the address of row i % 8 of matrix i / 8.
- *   ptx      ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16, sm_75, PTX 6.5
- *   shapes   r[j]: matrix j, row lane / 4, columns 2 * (lane % 4) + {0, 1} (transposed: column lane / 4, rows ...)
- *   callers  all 32 lanes, converged */
-FLASHCORE_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-FLASHCORE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-/* d += a b, f32 accumulators.
- *   ptx      mma.sync.aligned.m16n8k16.row.col.f32.{f16,bf16}.{f16,bf16}.f32, sm_80, PTX 7.0
- *   callers  all 32 lanes, converged
- *
- * Accumulator f32 d[4]; lane L, g = L / 4, t = L % 4:         A, 16x16, a[4], two elements each:    B, 16x8:
- *              col 2t   2t+1                                           k 2t,2t+1   k 2t+8,+9            n g
- *    row g    [ d0      d1 ]                                   row g   [  a0          a2 ]      k 2t,2t+1   [ b0 ]
- *    row g+8  [ d2      d3 ]                                   row g+8 [  a1          a3 ]      k 2t+8,+9   [ b1 ]
- * Two accumulators side by side, rounded and packed in pairs, are the A operand of the next product: P needs no shuffle. */
-template <typename T> FLASHCORE_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <> __forceinline__ __device__ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> __forceinline__ __device__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-/* Two floats rounded to T, `lo` in the low half.   ptx  cvt.rn.{f16x2,bf16x2}.f32, sm_80 */
-template <typename T> FLASHCORE_DEVICE uint32_t pack2(float lo, float hi);
-template <> __forceinline__ __device__ uint32_t pack2<__half>(float lo, float hi) {
-  uint32_t r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-template <> __forceinline__ __device__ uint32_t pack2<__nv_bfloat16>(float lo, float hi) {
-  uint32_t r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
-}
-
-/* What pack2 made of them. */
-template <typename T> FLASHCORE_DEVICE void unpack2(uint32_t x, float &lo, float &hi);
-template <> __forceinline__ __device__ void unpack2<__half>(uint32_t x, float &lo, float &hi) {
-  asm("{\n\t.reg .b16 a, b;\n\tmov.b32 {a, b}, %2;\n\tcvt.f32.f16 %0, a;\n\tcvt.f32.f16 %1, b;\n\t}" : "=f"(lo), "=f"(hi) : "r"(x));
-}
-template <> __forceinline__ __device__ void unpack2<__nv_bfloat16>(uint32_t x, float &lo, float &hi) {
-  lo = __uint_as_float(x << 16);
-  hi = __uint_as_float(x & 0xffff0000u);
-}
-
-#endif /* FLASHCORE_HAS_SM80 */
-
-/* Row and column of element i of an m16n8 accumulator. */
-struct mma_accumulator {
-  static FLASHCORE_MEMBER int row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
-  static FLASHCORE_MEMBER int col(int lane, int i) { return 2 * (lane % 4) + i % 2; }
-};
-
-/* ================================================================================================================================
- * 4  mma.sync: one struct describes one kernel
+ * 3  mma.sync: one struct describes one kernel
  * ================================================================================================================================ */
 
 /* Wait for kThreads threads of the block; warps may arrive from different places in the code, which __syncthreads does not allow.
@@ -738,7 +662,7 @@ FLASHCORE_MMA_TILE(256, 256, kNarrow, 1, 4, 1, 32, 32, 2, kQRegisters, 2); /* of
 FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16 rows fills two warps' registers: each computes S, and half of O */
 
 /* ================================================================================================================================
- * 5  mma.sync: loaders
+ * 4  mma.sync: loaders
  * ================================================================================================================================ */
 
 /* 16 bytes whose address is a multiple of `align` = 8, 4 or 2 only, into shared memory at dst; out of registers. */
@@ -802,7 +726,7 @@ template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
 };
 
 /* ================================================================================================================================
- * 6  mma.sync: which rows and keys a block works on
+ * 5  mma.sync: which rows and keys a block works on
  * ================================================================================================================================ */
 
 /* How the plan spreads the work; passed beside the descriptor. */
@@ -918,7 +842,7 @@ template <typename Tile> FLASHCORE_DEVICE void mma_find_keys(const flashcore_att
 }
 
 /* ================================================================================================================================
- * 7  mma.sync: the mainloop
+ * 6  mma.sync: the mainloop
  * ================================================================================================================================ */
 
 #if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
@@ -1490,7 +1414,7 @@ template <typename Tile> struct mma_warp {
 #endif /* FLASHCORE_HAS_SM80 */
 
 /* ================================================================================================================================
- * 8  mma.sync: kernel
+ * 7  mma.sync: kernel
  * ================================================================================================================================ */
 
 /* O = softmax(rule(Q K^T)) V for one tile of query rows. */
@@ -1518,7 +1442,7 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 } // namespace flashcore
 
 /* ================================================================================================================================
- * 9  mma.sync: plan and launch
+ * 8  mma.sync: plan and launch
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 

@@ -32,11 +32,6 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::mbarrier_arrive);
   keep(table, count, &fc::mbarrier_wait);
   keep(table, count, &fc::cp_async_arrive);
-#endif
-}
-
-#if __has_include("flashcore_wmma.cuh") && (FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__))
-static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::ldmatrix_x4);
   keep(table, count, &fc::ldmatrix_x4_trans);
   keep(table, count, &fc::mma_m16n8k16<__half>);
@@ -45,6 +40,11 @@ static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::pack2<__nv_bfloat16>);
   keep(table, count, &fc::unpack2<__half>);
   keep(table, count, &fc::unpack2<__nv_bfloat16>);
+#endif
+}
+
+#if __has_include("flashcore_wmma.cuh") && (FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__))
+static __device__ void keep_wmma(const void **table, int &count) {
   keep(table, count, &fc::barrier_sync<fc::kStageBarrier, 128>);
   keep(table, count, &fc::copy_chunk);
   keep(table, count, &fc::store_chunk);
