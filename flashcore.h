@@ -694,14 +694,11 @@ FLASHCORE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #else
 #define FLASHCORE_MBARRIER_POLL "mbarrier.test_wait"
 #endif
-  uint32_t done;
-  do
-    asm volatile("{\n\t.reg .pred p;\n\t" FLASHCORE_MBARRIER_POLL ".parity.shared.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-  while (!done);
-  __syncwarp();
+  /* WHY a loop in PTX: all lanes of a warp get the same answer, but of a loop in C++ the compiler must assume that it scatters them, and keeps nothing
+   * behind it in uniform registers. */
+  asm volatile("{\n\t.reg .pred p;\nPOLL:\n\t" FLASHCORE_MBARRIER_POLL ".parity.shared.b64 p, [%0], %1;\n\t@!p bra POLL;\n\t}" ::"r"(barrier),
+               "r"(parity)
+               : "memory");
 #undef FLASHCORE_MBARRIER_POLL
 }
 /* Arrives, once all cp.async that this thread has issued are complete.   ptx  cp.async.mbarrier.arrive.noinc, sm_80, PTX 7.0 */
@@ -1216,6 +1213,7 @@ typedef struct flashcore_plan {
   const void *kernel;      /* as cudaLaunchKernel takes it */
   size_t workspace_bytes;
   int32_t param[8]; /* the backend's own */
+  int32_t is_slow;  /* for so small a problem another backend is faster, if one serves it */
 } flashcore_plan;
 
 typedef struct flashcore_backend_ops {
@@ -2032,7 +2030,8 @@ static flashcore_status flashcore_plan_backend(const flashcore_attention *a, int
                           "backend is %s: its header was not compiled into this program", flashcore_backend_string((flashcore_backend)backend));
 }
 
-/* The backend and its plan: the forced one, or the first of the order below that serves the problem; SIMT's refusal speaks for all. */
+/* The backend and its plan: the forced one, or the first of the order below that serves the problem and is not slow at it, or the first that serves it;
+ * SIMT's refusal speaks for all. */
 static flashcore_status flashcore_choose(const flashcore_attention *a, int ordinal, flashcore_attention *resolved, flashcore_plan *plan,
                                          const flashcore_backend_ops **ops, flashcore_error *error) {
   static const int32_t order[] = {FLASHCORE_BACKEND_WGMMA, FLASHCORE_BACKEND_QGMMA, FLASHCORE_BACKEND_QMMA, FLASHCORE_BACKEND_MMA,
@@ -2042,9 +2041,13 @@ static flashcore_status flashcore_choose(const flashcore_attention *a, int ordin
   FLASHCORE_TRY(flashcore_query_device(ordinal, &device, error));
   flashcore_resolve(a, resolved);
   if (a->backend != FLASHCORE_BACKEND_AUTO) return flashcore_plan_backend(resolved, a->backend, &device, plan, ops, error);
-  for (const int32_t backend : order)
-    if (flashcore_plan_backend(resolved, backend, &device, plan, ops, nullptr) == FLASHCORE_OK) return FLASHCORE_OK;
-  return flashcore_plan_backend(resolved, FLASHCORE_BACKEND_SIMT, &device, plan, ops, error);
+  int32_t slow = FLASHCORE_BACKEND_SIMT;
+  for (const int32_t backend : order) {
+    if (flashcore_plan_backend(resolved, backend, &device, plan, ops, nullptr) != FLASHCORE_OK) continue;
+    if (!plan->is_slow) return FLASHCORE_OK;
+    if (slow == FLASHCORE_BACKEND_SIMT) slow = backend;
+  }
+  return flashcore_plan_backend(resolved, slow, &device, plan, ops, error);
 }
 
 static flashcore_status flashcore_check_workspace(const flashcore_attention *a, size_t bytes, flashcore_error *error) {

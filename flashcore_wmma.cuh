@@ -26,7 +26,7 @@
  *   kStageBarrier            all warps             all warps     two stages: everybody's chunks have landed, and the other stage may be filled again
  *   full[stage]              all threads (async)   all warps     loose stages: all chunks have landed              parity: of the round
  *   free[stage]              1 per warp            all warps     loose stages: it was read and may be filled again   parity: of the round before
- *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: Q was read, K and V may take its place      */
+ *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: K and V may go where Q was        */
 #ifndef FLASHCORE_WMMA_CUH
 #define FLASHCORE_WMMA_CUH
 #include "flashcore.h"

@@ -40,6 +40,7 @@ NVCC = ["nvcc", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-W
 OLD_STUBS = ["-static-global-template-stub=false"]  # as before CUDA 13: a template kernel that is not static leaves a weak symbol
 QUICK = ["-Xcicc", "-O1", "-Xptxas", "-O1"]  # less optimisation: machine code in half the time
 PTX_ONLY = ["-gencode", "arch=compute_89,code=compute_89", "-Xcicc", "-O0"]  # for what is about symbols, not machine code
+PTX_ONLY_90A = [flag.replace("_89", "_90a") for flag in PTX_ONLY]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -182,7 +183,8 @@ def host_checks():
         checks += [(f"host_{name}_{label}", lambda s=source, c=c, n=label: host_test(s, c, n)) for label, c in LANGUAGES.items()]
     for source in cuda_tests:
         name = os.path.splitext(os.path.basename(source))[0]
-        checks.append((f"host_{name}_nvcc", lambda s=source: host_test(s, NVCC + PTX_ONLY, "nvcc")))
+        compiler = NVCC + (PTX_ONLY_90A if name == "test_wgmma" else PTX_ONLY)
+        checks.append((f"host_{name}_nvcc", lambda s=source, c=compiler: host_test(s, c, "nvcc")))
     return checks
 
 

@@ -51,9 +51,31 @@ static __device__ void keep_wmma(const void **table, int &count) {
 }
 #endif
 
+#if __has_include("flashcore_wgmma.cuh") && (FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__))
+static __device__ void keep_wgmma(const void **table, int &count) {
+  keep(table, count, &fc::fence_mbarrier_init);
+  keep(table, count, &fc::mbarrier_arrive_expect_tx);
+  keep(table, count, &fc::tma_load);
+  keep(table, count, &fc::fence_proxy_async);
+  keep(table, count, &fc::setmaxnreg_dec<24>);
+  keep(table, count, &fc::setmaxnreg_inc<240>);
+  keep(table, count, &fc::warpgroup_sync);
+  keep(table, count, &fc::wgmma_descriptor);
+  keep(table, count, &fc::wgmma_fence);
+  keep(table, count, &fc::wgmma_commit);
+  keep(table, count, &fc::wgmma_wait<0>);
+  keep(table, count, &fc::wgmma_pin<8>);
+  keep(table, count, &fc::wgmma<__half, 64>::ss);
+  keep(table, count, &fc::wgmma<__nv_bfloat16, 128>::rs);
+}
+#endif
+
 __global__ void keep_all(const void **table, int *count) {
   keep_flashcore(table, *count);
 #if __has_include("flashcore_wmma.cuh") && FLASHCORE_HAS_SM80
   keep_wmma(table, *count);
+#endif
+#if __has_include("flashcore_wgmma.cuh") && FLASHCORE_HAS_SM90A
+  keep_wgmma(table, *count);
 #endif
 }

@@ -10,7 +10,7 @@
 static bool quick = false;
 static std::string only;
 
-static const int kBackends[] = {FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA};
+static const int kBackends[] = {FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA, FLASHCORE_BACKEND_WGMMA};
 static const int kTypes16[] = {FLASHCORE_F16, FLASHCORE_BF16};
 static const int kTypes[] = {FLASHCORE_F16, FLASHCORE_BF16, FLASHCORE_F32};
 
@@ -26,6 +26,7 @@ static const Target kTargets[] = {
     {"mma.wide", FLASHCORE_BACKEND_MMA, TILE_WIDE},
     {"mma.compact", FLASHCORE_BACKEND_MMA, TILE_COMPACT},
     {"mma.narrow", FLASHCORE_BACKEND_MMA, TILE_NARROW},
+    {"wgmma", FLASHCORE_BACKEND_WGMMA, TILE_AUTO},
 };
 
 /* False: the problem does not have the target's tile, or an earlier target has it too. */
@@ -124,6 +125,22 @@ static void test_shapes() {
   check("no_keys_give_zero_and_lse_minus_inf_or_sink", no_keys);
 }
 
+/* Some kernels change their tile where keys are many. */
+static void test_many_keys() {
+  std::vector<Case> cases;
+  for (int dtype : kTypes16) {
+    for (int dim : {64, 128, 256}) {
+      Case c = sized(dtype, 1, 2, 1, 333, 8209, dim);
+      cases.push_back(c);
+      c.data = 1, c.causal = 1; // logits of std 16
+      cases.push_back(c);
+      c.data = 2, c.causal = 0; // ramp
+      cases.push_back(c);
+    }
+  }
+  check("many_keys", cases);
+}
+
 static void test_head_dims() {
   std::vector<Case> equal, unequal, odd;
   for (int dim : {8, 16, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 200, 256, 320, 384, 512}) {
@@ -172,15 +189,25 @@ static void test_groups() {
 
 static void test_many_heads() {
   check("more_than_65535_heads", {sized(FLASHCORE_F16, 1001, 70, 35, 3, 5, 32)});
-  std::vector<Case> causal; // heads come in sets of 32 or 64: whole sets, and a rest
+  std::vector<Case> many; // more tiles than blocks at once; causal, heads come in sets of 32 or 64: whole sets, and a rest
   for (int heads : {31, 32, 33, 65}) {
-    for (int dim : {64, 256}) {
-      Case c = sized(FLASHCORE_F16, 2, heads, 1, 700, 700, dim);
+    for (int dim : {64, 128, 256}) {
+      Case c = sized(kTypes16[heads % 2], 2, heads, 1, 700, 700, dim);
+      many.push_back(c);
       c.causal = 1;
-      causal.push_back(c);
+      many.push_back(c);
     }
   }
-  check("many_causal_heads", causal);
+  check("many_heads", many);
+  std::vector<Case> ragged; // the same with lengths that only the device knows
+  for (int lengths : {(int)(SEQLENS_Q | SEQLENS_KV), (int)(CU_SEQLENS_Q | CU_SEQLENS_KV)}) {
+    for (int dim : {64, 128, 256}) {
+      Case c = sized(FLASHCORE_F16, 40, 4, 4, 600, 300, dim);
+      c.lengths = lengths, c.causal = dim / 64 % 3;
+      ragged.push_back(c);
+    }
+  }
+  check("many_heads_of_any_length", ragged);
 }
 
 /* ---- options ------------------------------------------------------------------------------------------------------------------- */
@@ -637,7 +664,7 @@ static void test_describe() {
   }
 }
 
-/* The tensor-core kernel wherever it serves the problem, the plain one elsewhere. */
+/* A tensor-core kernel wherever one serves the problem, wgmma's where there is much to do, the plain one elsewhere. */
 static void test_auto() {
   if (device_arch() < 80) return;
   const int dims[][2] = {{8, 8},     {32, 32},  {40, 40},   {64, 64},   {80, 80},   {96, 96}, {128, 128},
@@ -663,7 +690,13 @@ static void test_auto() {
   Case paged = sized(FLASHCORE_F16, 1, 2, 1, 20, 30, 64);
   paged.page = 16;
   expect(paged, FLASHCORE_BACKEND_SIMT);
-  report().expect("auto_takes_mma_where_it_serves_and_simt_elsewhere", why.empty(), why);
+  for (int dim : {64, 128, 256}) {
+    Case large = sized(FLASHCORE_BF16, 2, 40, 8, 600, 600, dim);
+    expect(large, device_arch() == 90 ? FLASHCORE_BACKEND_WGMMA : FLASHCORE_BACKEND_MMA);
+    large.softcap = 5.f;
+    expect(large, FLASHCORE_BACKEND_MMA);
+  }
+  report().expect("auto_takes_the_fastest_backend_that_serves", why.empty(), why);
 }
 
 /* Without this, a change of the dispatcher's rules could leave tiles untested unnoticed. General kernels (a rule, odd addresses) have one tile. */
@@ -743,9 +776,10 @@ int main(int argc, char **argv) {
   for (const auto &s : single) {
     if (wanted(s.name)) s.test();
   }
-  void (*const groups[])() = {test_refusals, test_shapes,     test_head_dims,    test_groups,  test_many_heads, test_options, test_lengths,
-                              test_pages,    test_splits,     test_hostile_data, test_layouts, test_far_tensor, test_reruns,  test_batch_independence,
-                              test_graphs,   test_two_streams};
+  void (*const groups[])() = {test_refusals,     test_shapes,     test_head_dims,  test_groups, test_many_heads,
+                              test_many_keys,    test_options,    test_lengths,    test_pages,  test_splits,
+                              test_hostile_data, test_layouts,    test_far_tensor, test_reruns, test_batch_independence,
+                              test_graphs,       test_two_streams};
   for (auto group : groups) group();
   return report().finish();
 }

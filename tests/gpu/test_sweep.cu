@@ -110,7 +110,8 @@ static int one_case(const std::string &text) {
 }
 
 static int sweep(uint32_t seed, int count, bool tiny) {
-  static const int backends[] = {FLASHCORE_BACKEND_AUTO, FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA};
+  static const int backends[] = {FLASHCORE_BACKEND_AUTO, FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA,
+                                 FLASHCORE_BACKEND_WGMMA};
   int served[std::size(backends)] = {}, refused[std::size(backends)] = {};
   for (int n = 0; n < count; ++n) {
     const Case c = random_case(seed + (uint32_t)n, tiny);

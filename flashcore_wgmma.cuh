@@ -1,0 +1,1088 @@
+/* flashcore_wgmma.cuh · FlashCore 0.1.0 · MIT licence · attention on Hopper's own instructions: TMA, mbarrier and wgmma (sm_90a)
+ *
+ * Use:  #include this beside flashcore_wmma.cuh in the file that defines FLASHCORE_IMPLEMENTATION, and compile for sm_90a:
+ *         nvcc -gencode arch=compute_90a,code=sm_90a ...
+ *       flashcore_forward then picks this kernel on an H100 or H200. Compiled for another arch it refuses, and dispatch goes on to the next backend.
+ *
+ * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
+ *   1  TMA, barriers, registers: PTX wrappers                    WGMMA     f16, bf16      <= 64, 128, 256                               sm_90a
+ *   2  wgmma: descriptors, fragments, the instruction            not served: fp32, fp8, other dims, score rules (softcap, ALiBi, bias, mask bits),
+ *   3  one struct describes one kernel                           page tables, key splits, K and V without keys, tensors that TMA cannot read
+ *   4  which rows and keys a tile works on                       (addresses and strides that are no multiples of 16 bytes, or not positive)
+ *   5  the producer
+ *   6  the consumers' mainloop
+ *   7  kernel                                                    FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
+ *   8  plan and launch
+ *
+ * The algorithm. One block per SM walks over tiles of query rows. One warp, the producer, has TMA fill a ring of K and V blocks; another, the
+ * planner, works out which rows and keys come next; two to four warpgroups, the consumers, own 64 rows each.
+ * In the letters of the code, m: reference, l: sum of terms, c: scale in log2 units:
+ *   for each block j of keys, the last first:
+ *     s = Q K_j^T          wgmma, issued together with the one before it:   o += P_j+1 V_j+1
+ *     p = exp2(s c - m)    while the tensor cores work on o; against the reference as it stands, and the row sums bound every term
+ *     if a sum is large:   s again; m = max(m, max s c + headroom); o, l scaled along; p again   (rare)
+ *     l += sum p
+ *   o / l, straight from registers; meanwhile the next tile's first s is on its way
+ *
+ * Barrier ledger; i counts a ring's rounds, a warp waits with all its lanes:
+ *   barrier               arrivals per phase         who waits           parity in round i   what it hands over
+ *   q_full[stage][wg]     the producer + its bytes   warps of group wg   i & 1               64 rows of Q have landed
+ *   q_free[stage][wg]     1 per warp of group wg     the producer        (i & 1) ^ 1         they were read for the last time
+ *   k_full, v_full[st]    the producer + its bytes   all consumer warps  i & 1               a block of K or V has landed
+ *   k_free, v_free[st]    1 per consumer warp        the producer        (i & 1) ^ 1         it was read and may be filled again
+ *   work_full[tile & 1]   1 per consumer warp [*]    all consumer warps  (tile / 2) & 1      which rows and keys the tile has
+ *   work_free[tile & 1]   1 per consumer warp        the planner         (tile / 2 & 1) ^ 1  the tile is done
+ *   kGroupBarrier + wg    128 threads of group wg    the same            -                   the tail rows of a V block are zero
+ *   __syncthreads         the block                  the block           -                   the barriers exist                               */
+#ifndef FLASHCORE_WGMMA_CUH
+#define FLASHCORE_WGMMA_CUH
+#include "flashcore.h"
+#if defined(__CUDACC__)
+
+/* wgmma and setmaxnreg belong to sm_90a alone: plain sm_90 does not have them. Always 0 or 1. */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLASHCORE_HAS_SM90A 1
+#else
+#define FLASHCORE_HAS_SM90A 0
+#endif
+
+namespace flashcore {
+inline namespace v0_1_0 {
+
+/* ================================================================================================================================
+ * 1  TMA, barriers, registers: PTX wrappers
+ * ================================================================================================================================ */
+
+/* What the driver's cuTensorMapEncodeTiled writes: a tensor's address, sizes, strides and box. Pass it as a __grid_constant__ const parameter. */
+struct alignas(64) tensor_map {
+  uint64_t words[16];
+};
+
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+
+/* Makes mbarrier_init visible to TMA; a barrier of the block must follow.   ptx  fence.mbarrier_init.release.cluster, sm_90, PTX 8.0 */
+FLASHCORE_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+/* One arrival, and the phase also waits for so many bytes from TMA.
+ *   ptx      mbarrier.arrive.expect_tx, sm_90, PTX 8.0
+ *   callers  one thread, before the copies that bring the bytes */
+FLASHCORE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t tx_bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(tx_bytes) : "memory");
+}
+
+/* Copy one box of a (dim, row, head, batch) tensor to shared memory. What lies outside the tensor arrives as zeros, and counts as bytes.
+ *   ptx      cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes, sm_90, PTX 8.0
+ *   shapes   dst: 1024-aligned shared address; rows of 128 bytes in 128-byte swizzle (swizzled_tile<128>)
+ *   callers  one thread
+ *   orders   the bytes are visible to those who have waited for the barrier's phase */
+FLASHCORE_DEVICE void tma_load(uint32_t dst, const tensor_map &map, uint32_t barrier, int dim, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+               "l"(&map), "r"(barrier), "r"(dim), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
+/* This thread's ordinary stores to shared memory before it come before later reads by wgmma and TMA (of all who pass a barrier after it).
+ *   ptx  fence.proxy.async.shared::cta, sm_90, PTX 8.0 */
+FLASHCORE_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/* Set the registers per thread of the caller's warpgroup; what dec gives up, inc of another may take (and waits for).
+ *   ptx      setmaxnreg.{dec,inc}.sync.aligned.u32, sm_90a, PTX 8.0
+ *   callers  all 128 threads of a warpgroup, converged */
+template <int kRegisters> FLASHCORE_DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+template <int kRegisters> FLASHCORE_DEVICE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
+
+/* Barrier of one warpgroup.   ptx  barrier.sync, sm_70     callers  the 128 threads of group wg     orders  shared memory among them */
+enum wgmma_barrier { kGroupBarrier = 1 }; /* first of one per warpgroup; 0 belongs to __syncthreads */
+FLASHCORE_DEVICE void warpgroup_sync(int wg) { asm volatile("barrier.sync %0, 128;" ::"r"(kGroupBarrier + wg) : "memory"); }
+
+/* ================================================================================================================================
+ * 2  wgmma: descriptors, fragments, the instruction
+ * ================================================================================================================================ */
+
+/* What a matrix in shared memory looks like to wgmma:
+ *   bits  0-13  address / 16                     16-29  leading offset / 16
+ *        32-45  stride offset / 16               62-63  swizzle: 1 = 128 bytes
+ * A tile is stored as [columns / 64][rows][64] elements of 16 bits: rows of 128 bytes in 128-byte swizzle, eight of them make a group of 1024.
+ *   K-major (Q, K: the product runs along a row)       stride: from 8 rows to the next; leading: unused
+ *     16 columns further: 32 bytes, after 64 columns the next [rows][64]
+ *   MN-major (V: the product runs down the rows)       stride: from 8 rows to the next; leading: from 64 columns to the next
+ *     16 rows further: 2048 bytes                                                                                            */
+FLASHCORE_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes) {
+  const uint32_t low = address >> 4 | leading_bytes >> 4 << 16;
+  return low | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+/* Before the first wgmma of a group, and after registers that it uses were touched: orders them.   ptx  wgmma.fence.sync.aligned, sm_90a */
+FLASHCORE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/* Close the group of the wgmma issued so far; wait until at most kPending groups are in flight.
+ *   ptx      wgmma.commit_group, wgmma.wait_group.sync.aligned, sm_90a, PTX 8.0
+ *   callers  a warpgroup, converged
+ *   orders   accumulators of finished groups may be read, after wgmma_pin; their operands may be written */
+FLASHCORE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> FLASHCORE_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory"); }
+/* Keeps the compiler from moving uses of accumulators across this point. No instruction. */
+template <int kTiles> FLASHCORE_DEVICE void wgmma_pin(float (&d)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) asm volatile("" : "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])::"memory");
+}
+
+/* d = a b, or d += a b: a 64 x 16, b 16 x kN, f32 accumulators. Asynchronous.
+ *   ptx      wgmma.mma_async.sync.aligned.m64nNk16.f32.{f16,bf16}.{f16,bf16}, sm_90a, PTX 8.0
+ *   shapes   ss: a and b K-major in shared memory, both by descriptor (S = Q K^T)
+ *            rs: a in registers, b MN-major in shared memory (O = P V)
+ *   callers  a warpgroup, converged; wgmma_fence before, wgmma_commit and wgmma_wait after
+ *
+ * Accumulator d[kN / 8][4]: warp w of the group has rows 16w .. 16w+15, where d[n] is mma.m16n8's accumulator of columns 8n .. 8n+7; the A operand in
+ * registers is mma.m16n8k16's: two accumulators side by side, rounded and packed in pairs (section 6 of flashcore.h draws both). */
+template <typename T, int kN> struct wgmma;
+
+#define FLASHCORE_D4(i)   "+f"(d[(i) / 4][0]), "+f"(d[(i) / 4][1]), "+f"(d[(i) / 4][2]), "+f"(d[(i) / 4][3])
+#define FLASHCORE_D16(i)  FLASHCORE_D4(i), FLASHCORE_D4(i + 4), FLASHCORE_D4(i + 8), FLASHCORE_D4(i + 12)
+#define FLASHCORE_D32(i)  FLASHCORE_D16(i), FLASHCORE_D16(i + 16)
+#define FLASHCORE_D64(i)  FLASHCORE_D32(i), FLASHCORE_D32(i + 32)
+#define FLASHCORE_D128(i) FLASHCORE_D64(i), FLASHCORE_D64(i + 64)
+#define FLASHCORE_L32     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLASHCORE_L64                                                                                                                                \
+  FLASHCORE_L32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASHCORE_L128                                                                                                                               \
+  FLASHCORE_L64                                                                                                                                      \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"                 \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122"              \
+  ",%123,%124,%125,%126,%127"
+/* n: kN; list, outputs: its n / 2 registers; i0 .. i6: the numbers of the operands behind them */
+#define FLASHCORE_WGMMA(T, type, n, list, outputs, i0, i1, i2, i3, i4, i5, i6)                                                                       \
+  template <> struct wgmma<T, n> {                                                                                                                   \
+    static __forceinline__ __device__ void ss(float (&d)[n / 8][4], uint64_t a, uint64_t b, bool accumulate) {                                       \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i2 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list    \
+                   "}, %" #i0 ", %" #i1 ", p, 1, 1, 0, 0;\n\t}"                                                                                      \
+                   : outputs                                                                                                                         \
+                   : "l"(a), "l"(b), "r"((int)accumulate));                                                                                          \
+    }                                                                                                                                                \
+    static __forceinline__ __device__ void rs(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                           \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i5 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list    \
+                   "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n\t}"                                                     \
+                   : outputs                                                                                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(1));                                              \
+    }                                                                                                                                                \
+  };
+#define FLASHCORE_WGMMA_OF(T, type)                                                                                                                  \
+  FLASHCORE_WGMMA(T, type, 64, FLASHCORE_L32, FLASHCORE_D32(0), 32, 33, 34, 35, 36, 37, 38)                                                          \
+  FLASHCORE_WGMMA(T, type, 128, FLASHCORE_L64, FLASHCORE_D64(0), 64, 65, 66, 67, 68, 69, 70)                                                         \
+  FLASHCORE_WGMMA(T, type, 256, FLASHCORE_L128, FLASHCORE_D128(0), 128, 129, 130, 131, 132, 133, 134)
+FLASHCORE_WGMMA_OF(__half, "f16")
+FLASHCORE_WGMMA_OF(__nv_bfloat16, "bf16")
+
+#endif /* FLASHCORE_HAS_SM90A */
+
+/* ================================================================================================================================
+ * 3  One struct describes one kernel
+ * ================================================================================================================================ */
+
+/* How a tile's Q reaches the product with K. */
+enum wgmma_q {
+  kQOnce,  /* one buffer: the next tile's Q is loaded while this tile's O is stored */
+  kQTwice, /* two buffers: it is there when this tile ends, and the next tile's first product overlaps this tile's last */
+};
+/* When a row's reference is looked after. */
+enum wgmma_reference {
+  kLookAlways, /* every block: the maximum is taken first, and the reference moves when a term would be large */
+  kLookAtSums, /* the sums of the terms tell afterwards: K must stay for the case that the products are needed again */
+};
+
+/* T: element; kHeadDimQk, kHeadDimV: dims of the instance, smaller ones are zero-padded to it
+ * kGroups: consumer warpgroups, 64 query rows each      kBlockKv: keys per block      kStages: blocks of K, and of V, in shared memory */
+template <typename T_, int kHeadDimQk_, int kHeadDimV_, int kGroups_, int kBlockKv_, int kStages_, wgmma_q kQ_, wgmma_reference kReference_>
+struct wgmma_tile {
+  using T = T_;
+  static constexpr int kHeadDimQk = kHeadDimQk_, kHeadDimV = kHeadDimV_, kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_;
+  static constexpr bool kOverlapsTiles = kQ_ == kQTwice, kTrustsSums = kReference_ == kLookAtSums;
+  static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
+
+  static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
+
+  /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], V [kStages]; each [dims / 64][rows][64]. */
+  static constexpr int kBytesQ = 64 * kHeadDimQk * 2, kBytesK = kBlockKv * kHeadDimQk * 2, kBytesV = kBlockKv * kHeadDimV * 2;
+  static constexpr int kOffsetK = kQStages * kGroups * kBytesQ, kOffsetV = kOffsetK + kStages * kBytesK;
+  static constexpr int kOffsetBarriers = kOffsetV + kStages * kBytesV, kBytesBarriers = 512, kSharedBytes = kOffsetBarriers + kBytesBarriers + 1024;
+
+  /* Of the 65 536 registers, the producer keeps few: consumers need kBlockKv / 2 for S, kBlockKv / 4 for P, kHeadDimV / 2 for O, and some 30 more. */
+  static constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112;
+
+  static_assert(sizeof(T) == 2, "16-bit elements");
+  static_assert(kHeadDimQk % 64 == 0 && kHeadDimV % 64 == 0 && kBlockKv % 64 == 0, "tiles are made of 64 columns; a group of 8 rows is swizzled");
+  static_assert(kGroups >= 2 && kGroups <= 4, "registers are shared out for these");
+  /* A group skips the blocks beyond its own diagonal while it still holds one of V: the producer must get past them. */
+  static_assert(kStages > (kGroups - 1) * 64 / kBlockKv && kStages >= 2, "as many stages as groups that skip");
+  static_assert(kProducerRegisters * 128 + kConsumerRegisters * kGroups * 128 <= 65536, "registers of an SM");
+  static_assert(kSharedBytes + 2 * kConsumerWarps * 64 <= 227 * 1024, "with wgmma_shared, fits an SM");
+};
+
+/* The tiles in use. wide: most. long: rows of many keys, where reading K and V less often pays. */
+enum wgmma_shape { kWideTile, kLongTile };
+
+template <typename T, int kHeadDimQk, int kHeadDimV, wgmma_shape kShape> struct wgmma_tile_for;
+#define FLASHCORE_WGMMA_TILE(qk, v, shape, ...)                                                                                                      \
+  template <typename T> struct wgmma_tile_for<T, qk, v, shape> : wgmma_tile<T, qk, v, __VA_ARGS__> {}
+
+/*                   dims               groups, keys, stages, Q, reference */
+FLASHCORE_WGMMA_TILE(64, 64, kWideTile, 4, 64, 4, kQTwice, kLookAtSums); /* 256 rows: 512 and 1024 leave no remainder */
+FLASHCORE_WGMMA_TILE(64, 64, kLongTile, 3, 128, 2, kQTwice, kLookAtSums);
+FLASHCORE_WGMMA_TILE(128, 128, kWideTile, 2, 128, 2, kQTwice, kLookAtSums);
+FLASHCORE_WGMMA_TILE(128, 128, kLongTile, 3, 64, 3, kQTwice, kLookAtSums); /* 192 rows: fewer bytes of K and V per product than 128 */
+FLASHCORE_WGMMA_TILE(256, 256, kWideTile, 2, 64, 2, kQOnce, kLookAlways);  /* no room for Q twice, nor for a third stage to keep K in */
+
+/* ================================================================================================================================
+ * 4  Which rows and keys a tile works on
+ * ================================================================================================================================ */
+
+/* In which order a block takes its tiles. No counter in memory: who does what follows from block and tile numbers alone. */
+enum wgmma_order {
+  kHeadsInTurn,  /* a head's tiles one after another: at any time the blocks read few heads, whose K and V stay in L2 */
+  kPairedTiles,  /* causal, many heads: so too, but a head's longest tile with its shortest and so on: all pairs weigh the same */
+  kThereAndBack, /* causal, few heads: longest tiles of all heads first, the blocks there and back, which gives them about the same sum */
+};
+
+/* How the plan spreads the work; passed beside the descriptor. */
+struct wgmma_schedule {
+  divisor tiles;    /* query tiles per head (of the longest sequence); kPairedTiles: pairs per head */
+  divisor heads;    /* heads_q */
+  divisor units;    /* heads_q * batch */
+  divisor group;    /* heads_q / heads_kv */
+  int32_t last;     /* the last tile of a head */
+  int32_t total;    /* tiles, or pairs, in all */
+  int32_t order;    /* wgmma_order */
+  float scale_log2; /* of the products, in log2 units */
+  int32_t masked;   /* causal or a window: rows see different keys */
+  int32_t ragged;   /* lengths come from the device: what follows a sequence in memory is not zeros */
+
+  /* Tile and unit (head of a batch entry) that a block has in its round; false: it has none in this round, or (`done`) none any more. */
+  FLASHCORE_MEMBER bool tile_of(int32_t round, int32_t block, int32_t blocks, int32_t &tile, int32_t &unit, bool &done) const {
+    const int32_t lap = order == kPairedTiles ? round / 2 : round;
+    if (order == kThereAndBack && lap % 2) block = blocks - 1 - block;
+    if (order == kPairedTiles) block = (block + lap) % blocks; /* or one block might get a single tile in each lap */
+    const int32_t index = lap * blocks + block;
+    done = index >= total;
+    if (done) return false;
+    if (order == kThereAndBack) {
+      tile = units.quotient(index);
+      unit = index - tile * units.d;
+      tile = last - tile;
+      return true;
+    }
+    unit = tiles.quotient(index);
+    tile = index - unit * tiles.d;
+    if (order == kPairedTiles && round % 2 == 0) tile = last - tile;
+    return order != kPairedTiles || round % 2 == 0 || 2 * tile != last; /* of an odd number of tiles, the middle one is alone */
+  }
+};
+
+/* The schedule of a problem (resolved) for a grid of so many blocks. */
+FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, int64_t blocks) {
+  const int32_t tiles = (a.seq_q + block_q - 1) / block_q, units = a.heads_q * a.batch;
+  wgmma_schedule s;
+  const int64_t pairs = (int64_t)((tiles + 1) / 2) * units, rounds = (pairs + blocks - 1) / blocks;
+  const bool pair = 2 * units > blocks || (a.dim_qk > 128 && 20 * pairs >= 19 * rounds * blocks);
+  s.order = a.causal == FLASHCORE_CAUSAL_NONE ? kHeadsInTurn : pair ? kPairedTiles : kThereAndBack;
+  s.tiles = make_divisor(s.order == kPairedTiles ? (tiles + 1) / 2 : tiles);
+  s.heads = make_divisor(a.heads_q);
+  s.units = make_divisor(units);
+  s.group = make_divisor(a.heads_q / a.heads_kv);
+  s.last = tiles - 1;
+  s.total = s.tiles.d * units;
+  s.scale_log2 = flashcore_scale_log2(a.scale);
+  s.masked = a.causal || a.window_left < FLASHCORE_UNBOUNDED || a.window_right < FLASHCORE_UNBOUNDED;
+  s.ragged = a.cu_seqlens_kv || a.seqlens_kv;
+  return s;
+}
+
+struct wgmma_work {
+  int32_t batch, head, row0; /* row0: the tile's first */
+  int32_t len_q, len_kv;
+  int32_t q_row, kv_row; /* of the sequence's first query and key within the tensors that TMA reads */
+  int32_t begin, end;    /* blocks of keys that some row of the tile sees */
+  /* Of one consumer warp: */
+  int32_t skip;                   /* blocks at the end that no row of the group sees; already taken off `end` */
+  int32_t inner_begin, inner_end; /* blocks that every row of the warp sees in full */
+};
+
+/* Blocks of keys that some of the rows [row, row + rows) see; at least one, so that every tile is a walk. Rows past the end count as the last. */
+template <typename Tile>
+FLASHCORE_DEVICE flashcore_range wgmma_blocks(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int row, int rows) {
+  flashcore_range r = {0, w.len_kv};
+  if (plan.masked) {
+    r.first = flashcore_visible_keys(&a, min(row, w.len_q - 1), w.len_q, w.len_kv).first;
+    r.last = flashcore_visible_keys(&a, row < w.len_q ? min(row + rows, w.len_q) - 1 : w.len_q - 1, w.len_q, w.len_kv).last;
+  }
+  r.last = max(1, (r.last + Tile::kBlockKv - 1) / Tile::kBlockKv);
+  r.first = min(r.first / Tile::kBlockKv, r.last - 1);
+  return r;
+}
+
+/* Where tile `tile` of a unit lies, and which keys it sees. False: nothing to do (past the end of a short sequence). */
+template <typename Tile>
+FLASHCORE_DEVICE bool wgmma_find_work(const flashcore_attention &a, const wgmma_schedule &plan, int32_t tile, int32_t unit, wgmma_work &w) {
+  w.batch = plan.heads.quotient(unit);
+  w.head = unit - w.batch * plan.heads.d;
+  w.row0 = tile * Tile::kBlockQ;
+  const flashcore_sequence seq = flashcore_sequence_at(&a, w.batch);
+  w.len_q = seq.len_q;
+  w.len_kv = seq.len_kv;
+  if (w.row0 >= w.len_q) return false;
+  w.q_row = a.cu_seqlens_q ? flashcore_clamp(a.cu_seqlens_q[w.batch], 0, a.total_q) : 0;
+  w.kv_row = a.cu_seqlens_kv ? flashcore_clamp(a.cu_seqlens_kv[w.batch], 0, a.total_kv) : 0;
+  const flashcore_range blocks = wgmma_blocks<Tile>(a, plan, w, w.row0, Tile::kBlockQ);
+  w.begin = blocks.first;
+  w.end = blocks.last;
+  return true;
+}
+
+/* What a consumer warp has to know of tile `w` besides. group_row, warp_row: its first row and its group's within the tile. */
+template <typename Tile>
+FLASHCORE_DEVICE void wgmma_find_rows(const flashcore_attention &a, const wgmma_schedule &plan, wgmma_work &w, int group_row, int warp_row) {
+  const int end = max(w.begin + 1, wgmma_blocks<Tile>(a, plan, w, w.row0 + group_row, 64).last);
+  w.skip = w.end - end;
+  w.end = end;
+  flashcore_range all = {0, w.len_kv};
+  if (plan.masked) {
+    all.first = flashcore_visible_keys(&a, min(w.row0 + warp_row + 15, w.len_q - 1), w.len_q, w.len_kv).first;
+    all.last = flashcore_visible_keys(&a, min(w.row0 + warp_row, w.len_q - 1), w.len_q, w.len_kv).last;
+  }
+  w.inner_begin = (all.first + Tile::kBlockKv - 1) / Tile::kBlockKv;
+  w.inner_end = max(all.last, 0) / Tile::kBlockKv;
+}
+
+/* The block's next tile, which the producer and the planner find on their own; round: -1 to begin with. False: there is none. */
+template <typename Tile>
+FLASHCORE_DEVICE bool wgmma_next_tile(int32_t &round, const flashcore_attention &a, const wgmma_schedule &plan, wgmma_work &w) {
+  for (;;) {
+    int32_t tile, unit;
+    bool done;
+    if (plan.tile_of(++round, (int32_t)blockIdx.x, (int32_t)gridDim.x, tile, unit, done) && wgmma_find_work<Tile>(a, plan, tile, unit, w))
+      return true;
+    if (done) return false;
+  }
+}
+
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+
+/* A place in a ring of stages: which stage, and the parity of the round. */
+template <int kStages> struct wgmma_ring {
+  int stage;
+  uint32_t parity;
+  /* WHY one step at a time: a stage that is found by adding what came from memory would not stay in a uniform register. */
+  __forceinline__ __device__ wgmma_ring next() const { return stage + 1 < kStages ? wgmma_ring{stage + 1, parity} : wgmma_ring{0, parity ^ 1u}; }
+};
+
+/* The barriers (see the ledger), by their 32-bit shared addresses.
+ * WHY: behind the tiles in dynamic shared memory, at constants from a base that is in a register anyway. */
+template <typename Tile> struct wgmma_barriers {
+  static constexpr int kStages = Tile::kStages, kQs = Tile::kQStages * Tile::kGroups;
+  uint32_t base;
+  __forceinline__ __device__ uint32_t k_full(int stage) const { return base + 8 * stage; }
+  __forceinline__ __device__ uint32_t k_free(int stage) const { return base + 8 * (kStages + stage); }
+  __forceinline__ __device__ uint32_t v_full(int stage) const { return base + 8 * (2 * kStages + stage); }
+  __forceinline__ __device__ uint32_t v_free(int stage) const { return base + 8 * (3 * kStages + stage); }
+  __forceinline__ __device__ uint32_t q_full(int stage, int wg) const { return base + 8 * (4 * kStages + stage * Tile::kGroups + wg); }
+  __forceinline__ __device__ uint32_t q_free(int stage, int wg) const { return q_full(stage, wg) + 8 * kQs; }
+  __forceinline__ __device__ uint32_t work_full(int tile) const { return base + 8 * (4 * kStages + 2 * kQs + tile % 2); }
+  __forceinline__ __device__ uint32_t work_free(int tile) const { return work_full(tile) + 16; }
+  static constexpr int kBytes = 8 * (4 * kStages + 2 * kQs + 4);
+  static_assert(kBytes <= Tile::kBytesBarriers, "fits the place that the tile keeps for it");
+
+  /* callers  one thread, then a barrier of the block */
+  __forceinline__ __device__ void init() const {
+    for (int i = 0; i < kStages; ++i) {
+      mbarrier_init(k_full(i), 1);
+      mbarrier_init(v_full(i), 1);
+      mbarrier_init(k_free(i), Tile::kConsumerWarps);
+      mbarrier_init(v_free(i), Tile::kConsumerWarps);
+    }
+    for (int i = 0; i < kQs; ++i) {
+      mbarrier_init(q_full(0, i), 1);
+      mbarrier_init(q_free(0, i), 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(work_full(i), Tile::kConsumerWarps);
+      mbarrier_init(work_free(i), Tile::kConsumerWarps);
+    }
+    fence_mbarrier_init();
+  }
+};
+
+/* Static shared memory: each consumer warp's part of tiles 0, 2, ... and of tiles 1, 3, ... */
+template <typename Tile> struct wgmma_shared { wgmma_work works[2][Tile::kConsumerWarps]; };
+
+/* ================================================================================================================================
+ * 5  The producer
+ * ================================================================================================================================ */
+
+/* Wait until a stage is free, then have TMA fill it: [kDims / 64][kRows][64].   callers  a warp, converged */
+template <int kDims, int kRows>
+FLASHCORE_DEVICE void wgmma_fill(uint32_t dst, const tensor_map &map, uint32_t full, uint32_t free, uint32_t parity, int row, int head, int batch) {
+  mbarrier_wait(free, parity ^ 1u);
+  if (threadIdx.x % 32 == 0) {
+    mbarrier_arrive_expect_tx(full, kDims * kRows * 2);
+#pragma unroll
+    for (int d = 0; d < kDims; d += 64) tma_load(dst + d * kRows * 2, map, full, d, row, head, batch);
+  }
+  __syncwarp();
+}
+
+/* All Q, K and V of the block's tiles.   callers  one warp, converged */
+template <typename Tile>
+FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const tensor_map &q_map, const tensor_map &k_map,
+                                    const tensor_map &v_map, uint32_t shared) {
+  const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  wgmma_ring<Tile::kQStages> q = {0, 0};
+  wgmma_ring<Tile::kStages> kv = {0, 0}; /* K and V have barriers of their own, but go through the stages alike */
+  wgmma_work w;
+  for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w);) {
+    const int q_batch = a.cu_seqlens_q ? 0 : w.batch, kv_batch = a.cu_seqlens_kv ? 0 : w.batch, kv_head = plan.group.quotient(w.head);
+    for (int wg = 0; wg < Tile::kGroups; ++wg)
+      wgmma_fill<Tile::kHeadDimQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, q_map, barriers.q_full(q.stage, wg),
+                                       barriers.q_free(q.stage, wg), q.parity, w.q_row + w.row0 + 64 * wg, w.head, q_batch);
+    q = q.next();
+    for (int j = w.end - 1; j >= w.begin; --j) {
+      const int row = w.kv_row + j * Tile::kBlockKv;
+      wgmma_fill<Tile::kHeadDimQk, Tile::kBlockKv>(shared + Tile::kOffsetK + kv.stage * Tile::kBytesK, k_map, barriers.k_full(kv.stage),
+                                                   barriers.k_free(kv.stage), kv.parity, row, kv_head, kv_batch);
+      wgmma_fill<Tile::kHeadDimV, Tile::kBlockKv>(shared + Tile::kOffsetV + kv.stage * Tile::kBytesV, v_map, barriers.v_full(kv.stage),
+                                                  barriers.v_free(kv.stage), kv.parity, row, kv_head, kv_batch);
+      kv = kv.next();
+    }
+  }
+}
+
+/* The consumers' tiles, one ahead of them: lane i works out what consumer warp i has to know. After the last tile comes one without blocks.
+ *   callers  one warp, converged */
+template <typename Tile>
+FLASHCORE_DEVICE void wgmma_plan_tiles(const flashcore_attention &a, const wgmma_schedule &plan, wgmma_shared<Tile> &block, uint32_t shared) {
+  const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  const int lane = threadIdx.x % 32, row_in_tile = lane * 16;
+  int32_t round = -1;
+  bool more = true;
+  for (int tile = 0; more; ++tile) {
+    wgmma_work w;
+    more = wgmma_next_tile<Tile>(round, a, plan, w);
+    if (more) wgmma_find_rows<Tile>(a, plan, w, row_in_tile / 64 * 64, row_in_tile);
+    else w.end = 0;
+    mbarrier_wait(barriers.work_free(tile), (tile / 2 & 1) ^ 1);
+    if (lane < Tile::kConsumerWarps) {
+      block.works[tile % 2][lane] = w;
+      mbarrier_arrive(barriers.work_full(tile));
+    }
+    __syncwarp();
+  }
+}
+
+/* ================================================================================================================================
+ * 6  The consumers' mainloop
+ * ================================================================================================================================ */
+
+/* What a warp keeps in registers: its 16 rows of O, of S and of P, their softmax state, its place in the rings. One object per thread. */
+template <typename Tile> struct wgmma_warp {
+  using T = typename Tile::T;
+  using tile_row = swizzled_tile<128>;
+  static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
+  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
+   * that count are normal in f16. Up to 2^kLimit no term overflows. */
+  static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr int kWaryBlocks = 32; /* so many blocks after a sum was too large, maxima are looked at first */
+
+  static constexpr int kParts = kDepthQk > 8 ? 2 : 1; /* of the sum along a row of Q */
+
+  float o[kTilesO][4], s[kTilesS][4]; /* accumulators; o is times l */
+  float s_rest[kParts == 2 ? kTilesS : 1][4];
+  uint32_t p[kBlockKv / 16][4];    /* the A operand of P V */
+  float m[2];                      /* reference of rows g, g + 8: log2 units */
+  float l[2];                      /* this lane's part of the row sum */
+  float factor[2];                 /* what o must be multiplied with, where a reference has moved */
+  float inverse[2];                /* from o to the result */
+  int wary;                        /* blocks to come whose maxima are looked at first */
+  int wg;                          /* the warpgroup */
+  wgmma_ring<Tile::kQStages> q_at; /* Q of the tile */
+  wgmma_ring<Tile::kStages> at;    /* the block whose P is in p; its K was used, its V comes next */
+  uint32_t shared;
+  wgmma_shared<Tile> &block;
+
+  /* WHY: the group's number through a shuffle: the compiler then sees that it is uniform, and so are all addresses made of it. */
+  __forceinline__ __device__ wgmma_warp(wgmma_shared<Tile> &block_, uint32_t shared_)
+      : wary(0), q_at{Tile::kQStages - 1, 1}, at{Tile::kStages - 1, 1}, wg(warp_uniform((int)threadIdx.x / 128 - 1)), shared(shared_), block(block_) {
+  }
+
+  static __forceinline__ __device__ int lane() { return threadIdx.x & 31; }
+  static __forceinline__ __device__ int warp_row0() { return (int)threadIdx.x / 32 % 4 * 16; } /* within the group */
+
+  /* ---- rings ---- */
+
+  using ring = wgmma_ring<Tile::kStages>;
+  __forceinline__ __device__ wgmma_barriers<Tile> barriers() const { return {shared + Tile::kOffsetBarriers}; }
+  __forceinline__ __device__ uint32_t q_address() const { return shared + (q_at.stage * Tile::kGroups + wg) * Tile::kBytesQ; }
+  __forceinline__ __device__ uint32_t k_address(ring r) const { return shared + Tile::kOffsetK + r.stage * Tile::kBytesK; }
+  __forceinline__ __device__ uint32_t v_address(ring r) const { return shared + Tile::kOffsetV + r.stage * Tile::kBytesV; }
+  __forceinline__ __device__ void wait_k(ring r) const { mbarrier_wait(barriers().k_full(r.stage), r.parity); }
+  __forceinline__ __device__ void wait_v(ring r) const { mbarrier_wait(barriers().v_full(r.stage), r.parity); }
+  __forceinline__ __device__ void release_k(ring r) const {
+    if (lane() == 0) mbarrier_arrive(barriers().k_free(r.stage));
+  }
+  __forceinline__ __device__ void release_v(ring r) const {
+    if (lane() == 0) mbarrier_arrive(barriers().v_free(r.stage));
+  }
+  __forceinline__ __device__ void release_q() const {
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(barriers().q_free(q_at.stage, wg));
+  }
+
+  /* The next tile: its Q, at q_address(); K of its first block, which `at` + 1 + w.skip will be.
+   * Blocks that the group has no use for must have landed before they are released: the release belongs to that phase. */
+  __forceinline__ __device__ ring start_tile(const wgmma_work &w) {
+    q_at = q_at.next();
+    mbarrier_wait(barriers().q_full(q_at.stage, wg), q_at.parity);
+    ring r = at.next();
+    for (int skip = warp_uniform(w.skip); skip > 0; --skip, r = r.next()) {
+      wait_k(r);
+      release_k(r);
+    }
+    wait_k(r);
+    return r;
+  }
+  __forceinline__ __device__ void skip_v(int skip) const {
+    for (ring r = at.next(); skip > 0; --skip, r = r.next()) {
+      wait_v(r);
+      release_v(r);
+    }
+  }
+
+  /* ---- the two products ---- */
+
+  /* s = Q K^T of a block: issued, one group.   [64][kBlockKv] f32 per warpgroup
+   * Long rows are added up in two parts: an f32 accumulator loses a little with each product, and large logits would show it. */
+  __forceinline__ __device__ void gemm_qk(ring r) {
+    const uint64_t q_tile = wgmma_descriptor(q_address(), 0), k_tile = wgmma_descriptor(k_address(r), 0);
+    wgmma_pin(s);
+    wgmma_pin(s_rest);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kDepthQk; ++k) {
+      const uint64_t q_step = q_tile + ((k / 4 * 64 * 128 + k % 4 * 32) >> 4), k_step = k_tile + ((k / 4 * kBlockKv * 128 + k % 4 * 32) >> 4);
+      if constexpr (kParts == 2) wgmma<T, kBlockKv>::ss(k % 2 ? s_rest : s, q_step, k_step, k > 1);
+      else wgmma<T, kBlockKv>::ss(s, q_step, k_step, k > 0);
+    }
+    wgmma_commit();
+  }
+  /* After the wait for gemm_qk: s may be read. */
+  __forceinline__ __device__ void take_s() {
+    wgmma_pin(s);
+    wgmma_pin(s_rest);
+    if constexpr (kParts == 2) {
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) s[n][x] += s_rest[n][x];
+    }
+  }
+  /* o = P V of the block at hand, or o += P V: issued, one group.   [64][kHeadDimV] f32 per warpgroup */
+  __forceinline__ __device__ void gemm_pv(bool accumulate) {
+    const uint64_t v_tile = wgmma_descriptor(v_address(at), kBlockKv * 128);
+    wgmma_pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<T, Tile::kHeadDimV>::rs(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
+    wgmma_commit();
+  }
+  /* Fragment k of the warp's Q from shared memory. */
+  __forceinline__ __device__ void q_fragment(uint32_t (&f)[4], int k) const {
+    ldmatrix_x4(f, q_address() + k / 4 * 64 * 128 + tile_row::offset(warp_row0() + lane() % 16, k % 4 * 2 + lane() / 16));
+  }
+  /* s once more, by the warp alone: mma.sync has the same accumulator. */
+  __forceinline__ __device__ void gemm_qk_again(ring r) {
+#pragma unroll
+    for (int n = 0; n < kTilesS; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kDepthQk; ++k) {
+      uint32_t fq[4];
+      q_fragment(fq, k);
+      const uint32_t k_tile = k_address(r) + k / 4 * kBlockKv * 128;
+#pragma unroll
+      for (int n = 0; n < kTilesS; n += 2) {
+        uint32_t fk[4];
+        ldmatrix_x4(fk, k_tile + tile_row::offset(8 * n + lane() % 8 + lane() / 16 * 8, k % 4 * 2 + lane() / 8 % 2));
+        mma_m16n8k16<T>(s[n], fq, fk[0], fk[1]);
+        mma_m16n8k16<T>(s[n + 1], fq, fk[2], fk[3]);
+      }
+    }
+  }
+  /* Rows of V from key `keys` of the block at hand on become zeros: 0 * NaN would be NaN.   callers  a warpgroup, before gemm_pv
+   *   WHY: each group does it for itself. That another writes the same zeros at the same time does no harm. */
+  __forceinline__ __device__ void zero_tail(int keys) {
+    wait_v(at);
+    for (int i = (int)threadIdx.x % 128; i < (kBlockKv - keys) * (Tile::kHeadDimV / 8); i += 128) {
+      const int row = keys + i / (Tile::kHeadDimV / 8), chunk = i % (Tile::kHeadDimV / 8);
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_address(at) + chunk / 8 * kBlockKv * 128 + row * 128 + chunk % 8 * 16), "r"(0)
+                   : "memory");
+    }
+    fence_proxy_async();
+    warpgroup_sync(wg);
+  }
+
+  /* ---- scores to probabilities ---- */
+
+  /* Edge blocks only: -inf where a row does not see a key. */
+  __forceinline__ __device__ void mask(const flashcore_attention &a, const wgmma_work &w, int j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h;
+      const flashcore_range r = flashcore_visible_keys(&a, min(row, w.len_q - 1), w.len_q, w.len_kv);
+      const int base = j * kBlockKv + 2 * (lane() % 4), begin = r.first - base, end = r.last - base;
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x)
+          if (n * 8 + x < begin || n * 8 + x >= end) s[n][2 * h + x] = -INFINITY;
+    }
+  }
+  /* The largest of a lane's scores in row g + 8 h. */
+  __forceinline__ __device__ float lane_max(int h) const {
+    float x0 = s[0][2 * h], x1 = s[0][2 * h + 1];
+#pragma unroll
+    for (int n = 1; n < kTilesS; ++n) x0 = fmaxf(x0, s[n][2 * h]), x1 = fmaxf(x1, s[n][2 * h + 1]);
+    return fmaxf(x0, x1);
+  }
+  /* Where a term would be larger than 2^kLimit, move the reference of every row up to its maximum and kHeadroom; l follows, o by `factor`.
+   *   returns  whether it moved
+   *   callers  all 32 lanes, converged */
+  __forceinline__ __device__ bool look(float scale_log2) {
+    const float top[2] = {lane_max(0), lane_max(1)};
+    const bool fits = fmaf(top[0], scale_log2, -m[0]) <= kLimit && fmaf(top[1], scale_log2, -m[1]) <= kLimit;
+    if (__all_sync(0xffffffffu, fits)) return false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float higher = fmaxf(m[h], softmax_reference(quad_max(top[h]), scale_log2) + kHeadroom);
+      factor[h] = ex2(m[h] - higher);
+      m[h] = higher;
+      l[h] *= factor[h];
+    }
+    return true;
+  }
+  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums.
+   *   kLarge: a reference is so large that its last bit weighs: terms are capped, and l counts what O gets: a row of one key is that key's V */
+  template <bool kLarge> __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float part[2] = {0.f, 0.f};
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(kLarge && y > kLimit ? kLimit : y); /* NaN stays */
+          s[n][2 * h + x] = e;
+          part[x] += kLarge ? element<T>::load(element<T>::store(e)) : e;
+        }
+      sum[h] = part[0] + part[1];
+    }
+  }
+  /* s of block j becomes probabilities, with a look at the maxima first; sum as above.   returns  whether the reference moved */
+  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_work &w, int j, float (&sum)[2], float scale_log2) {
+    if (j < w.inner_begin || j >= w.inner_end) mask(a, w, j);
+    const bool moved = look(scale_log2);
+    const bool large =
+        __any_sync(0xffffffffu, (fabsf(m[0]) > 16384.f && m[0] > FLASHCORE_EMPTY_MAX) || (fabsf(m[1]) > 16384.f && m[1] > FLASHCORE_EMPTY_MAX));
+    if (large) exponentiate<true>(sum, scale_log2);
+    else exponentiate<false>(sum, scale_log2);
+    /* Rows without a key so far have no reference that the next block could do without a look. */
+    if (wary == 0 && !__all_sync(0xffffffffu, m[0] > FLASHCORE_EMPTY_MAX && m[1] > FLASHCORE_EMPTY_MAX)) wary = 1;
+    return moved;
+  }
+  /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
+  __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w) {
+    m[0] = m[1] = FLASHCORE_EMPTY_MAX;
+    l[0] = l[1] = 0.f;
+    look_and_exponentiate(a, w, w.end - 1, l, plan.scale_log2);
+  }
+  /* p from s. WHY: the pin keeps the roundings behind the wait before it: ahead of it they need registers beside those that P V still reads. */
+  __forceinline__ __device__ void pack_p() {
+    wgmma_pin(s);
+#pragma unroll
+    for (int k = 0; k < kBlockKv / 16; ++k)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) p[k][x] = pack2<T>(s[2 * k + x / 2][x % 2 * 2], s[2 * k + x / 2][x % 2 * 2 + 1]);
+  }
+
+  /* ---- the loop ---- */
+
+  /* The last product of a tile, while the first scores of the next are computed: both in flight together, or one after the other.
+   *   ending, starting   whether there is a tile to end, and one to start. WHY: the products are issued in any case, of stale data where there is
+   *                      none: a branch around them would make ptxas serialise every wgmma of the kernel */
+  __forceinline__ __device__ void change_tiles(const flashcore_attention &a, const wgmma_schedule &plan, bool ending, const wgmma_work &last,
+                                               bool accumulate, bool starting, const wgmma_work &next) {
+    ring first = at;
+    if (Tile::kOverlapsTiles) {
+      if (starting) first = start_tile(next);
+      gemm_qk(first);
+    }
+    if (ending) wait_v(at);
+    gemm_pv(accumulate);
+    if (ending) finish(a, last);
+    if (Tile::kOverlapsTiles) {
+      wgmma_wait<1>();
+      take_s();
+      if (starting) first_block(a, plan, next);
+    }
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    if (ending) {
+      release_v(at);
+      store(a, last);
+    }
+    if (!Tile::kOverlapsTiles) {
+      if (starting) first = start_tile(next);
+      gemm_qk(first);
+      wgmma_wait<0>();
+      take_s();
+      if (starting) first_block(a, plan, next);
+    }
+    if (starting) {
+      release_k(first);
+      skip_v(warp_uniform(next.skip));
+    }
+    at = first;
+  }
+
+  /* All tiles of the block.   callers  all warps of the consumer warpgroups */
+  __forceinline__ __device__ void consume(const flashcore_attention &a, const wgmma_schedule &plan) {
+    const float scale_log2 = plan.scale_log2;
+    bool accumulate = false;
+    for (int tile = 0;; ++tile) {
+      const wgmma_work &w = block.works[tile % 2][threadIdx.x / 32 - 4], &before = block.works[(tile + 1) % 2][threadIdx.x / 32 - 4];
+      mbarrier_wait(barriers().work_full(tile), tile / 2 & 1);
+      const bool more = warp_uniform(w.end) > 0;
+      change_tiles(a, plan, tile > 0, before, accumulate, more, w);
+      if (!more) return;
+      __syncwarp();
+      if (tile > 0 && lane() == 0) mbarrier_arrive(barriers().work_free(tile + 1));
+      const int past = plan.ragged ? warp_uniform(w.end * kBlockKv - w.len_kv) : 0;
+      if (past > 0) zero_tail(kBlockKv - past);
+      pack_p();
+
+      /* Blocks that some row does not see in full need a look: the first, as long as they lie beyond inner_end, and the last `edge`. */
+      wary = max(wary, warp_uniform(w.end - 1 - w.inner_end));
+      const int edge = warp_uniform(max(w.inner_begin - w.begin, 0));
+      accumulate = false;
+      for (int left = warp_uniform(w.end - 1 - w.begin); left > 0; --left) { /* blocks: the next is begin + left - 1 */
+        const ring next = at.next();
+        wait_k(next);
+        gemm_qk(next);
+        wait_v(at);
+        gemm_pv(accumulate);
+        accumulate = true;
+        wgmma_wait<1>();
+        take_s();
+        float sum[2];
+        bool moved = false;
+        const bool blind = Tile::kTrustsSums && wary == 0 && left > edge;
+        if (blind) exponentiate<false>(sum, scale_log2);
+        if (!Tile::kTrustsSums) {
+          release_k(next);
+          moved = look_and_exponentiate(a, w, w.begin + left - 1, sum, scale_log2);
+        }
+        wgmma_wait<0>();
+        wgmma_pin(o);
+        release_v(at);
+        if (Tile::kTrustsSums) {
+          if (!blind || !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
+            if (blind) gemm_qk_again(next);
+            wary = blind ? kWaryBlocks : max(wary - 1, 0);
+            moved = look_and_exponentiate(a, w, w.begin + left - 1, sum, scale_log2);
+          }
+          __syncwarp();
+          release_k(next);
+        }
+        if (moved) rescale();
+        l[0] += sum[0];
+        l[1] += sum[1];
+        pack_p();
+        at = next;
+      }
+      release_q();
+    }
+  }
+  __forceinline__ __device__ void rescale() {
+#pragma unroll
+    for (int n = 0; n < kTilesO; ++n) {
+      o[n][0] *= factor[0], o[n][1] *= factor[0];
+      o[n][2] *= factor[1], o[n][3] *= factor[1];
+    }
+  }
+
+  /* ---- the end of a tile ---- */
+
+  /* Row sums over the quad, sink, LSE; `inverse`. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_work &w) {
+    const float sink = a.sink ? a.sink[w.head] : 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float sum = quad_sum(l[h]);
+      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h;
+      float lse;
+      inverse[h] = softmax_finish({sum == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum}, a.sink != nullptr, sink, a.lse_base2 != 0, lse);
+      if (a.lse && lane() % 4 == 0 && row < w.len_q) a.lse[((int64_t)w.batch * a.heads_q + w.head) * a.seq_q + row] = lse;
+    }
+  }
+  /* O of live rows and dims. The lanes of a quad trade words, so that each has a chunk of 16 bytes: of four column tiles, lane t gets tile t. */
+  __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_work &w) {
+    const int column = lane() % 4 * 8;
+    const int64_t batch = a.cu_seqlens_q ? 0 : w.batch * a.o.stride_b;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h, dims = row < w.len_q ? a.dim_v - column : 0;
+      T *const dst = static_cast<T *>(a.o.data) + batch + (w.q_row + row) * a.o.stride_s + w.head * a.o.stride_h + column;
+#pragma unroll
+      for (int n = 0; n < kTilesO; n += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int t = 0; t < 4; ++t) x[t] = pack2<T>(o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
+        quad_transpose(x);
+        if (n * 8 < dims) *reinterpret_cast<uint4 *>(dst + n * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+};
+
+#endif /* FLASHCORE_HAS_SM90A */
+
+/* ================================================================================================================================
+ * 7  Kernel
+ * ================================================================================================================================ */
+
+/* O = softmax(Q K^T) V.
+ *   callers  one-dimensional grid of at most plan.total blocks, Tile::kThreads threads, Tile::kSharedBytes of dynamic shared memory */
+template <typename Tile>
+FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
+    wgmma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan, const __grid_constant__ tensor_map q_map,
+                 const __grid_constant__ tensor_map k_map, const __grid_constant__ tensor_map v_map) {
+#if FLASHCORE_HAS_SM90A
+  extern __shared__ __align__(128) unsigned char flashcore_shared[];
+  const uint32_t shared = (shared_address(flashcore_shared) + 1023) & ~1023u;
+  __shared__ wgmma_shared<Tile> block;
+  if (threadIdx.x == 0) wgmma_barriers<Tile>{shared + Tile::kOffsetBarriers}.init();
+  __syncthreads();
+  const int warp_index = warp_uniform((int)threadIdx.x / 32); /* WHY: a branch that the compiler sees to be uniform leaves uniform registers usable */
+  if (warp_index < 4) {
+    setmaxnreg_dec<Tile::kProducerRegisters>();
+    if (warp_index == 0) wgmma_produce<Tile>(a, plan, q_map, k_map, v_map, shared);
+    else if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
+  } else {
+    setmaxnreg_inc<Tile::kConsumerRegisters>();
+    wgmma_warp<Tile> warp(block, shared);
+    warp.consume(a, plan);
+  }
+#else
+  __trap();
+#endif
+}
+
+} // namespace v0_1_0
+} // namespace flashcore
+
+/* ================================================================================================================================
+ * 8  Plan and launch
+ * ================================================================================================================================ */
+#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+#include <cuda.h> /* types of cuTensorMapEncodeTiled; nothing of the driver's library is linked */
+
+/* A tensor as TMA sees it: (dim, row, head, batch). */
+typedef struct flashcore_wgmma_view {
+  const char *field; /* of the descriptor */
+  flashcore_tensor tensor;
+  int64_t dim, rows, heads, batch;
+} flashcore_wgmma_view;
+
+enum { FLASHCORE_WGMMA_Q, FLASHCORE_WGMMA_K, FLASHCORE_WGMMA_V, FLASHCORE_WGMMA_O };
+
+static flashcore_wgmma_view flashcore_wgmma_view_of(const flashcore_attention *a, int which) {
+  const flashcore_extents e = flashcore_extents_of(a);
+  switch (which) {
+  case FLASHCORE_WGMMA_K: return {"k", a->k, a->dim_qk, e.rows_kv, a->heads_kv, e.batch_kv};
+  case FLASHCORE_WGMMA_V: return {"v", a->v, a->dim_v, e.rows_kv, a->heads_kv, e.batch_kv};
+  case FLASHCORE_WGMMA_O: return {"o", a->o, a->dim_v, e.rows_q, a->heads_q, e.batch_q};
+  default: return {"q", a->q, a->dim_qk, e.rows_q, a->heads_q, e.batch_q};
+  }
+}
+
+/* 16-byte addresses, and for inputs strides that TMA knows: positive, less than 2^40 bytes. */
+static flashcore_status flashcore_wgmma_check_tensor(const flashcore_wgmma_view *x, bool is_input, flashcore_error *error) {
+  const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(x->tensor.data), limit = ((int64_t)1 << 39) - 8;
+  if (address % 16)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, address, 16, "%s: the wgmma kernel needs a 16-byte aligned address",
+                            x->field);
+  const struct {
+    const char *name;
+    int64_t stride, extent;
+  } steps[3] = {{"stride_b", x->tensor.stride_b, x->batch}, {"stride_s", x->tensor.stride_s, x->rows}, {"stride_h", x->tensor.stride_h, x->heads}};
+  for (const auto &step : steps) {
+    if (step.extent <= 1) continue;
+    if (step.stride % 8)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, 8,
+                              "%s.%s: the wgmma kernel needs a multiple of 8 elements, not %lld", x->field, step.name, (long long)step.stride);
+    if (is_input && (step.stride <= 0 || step.stride > limit))
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, limit,
+                              "%s.%s: the wgmma kernel needs 1 to 2^39 - 8 elements, not %lld", x->field, step.name, (long long)step.stride);
+  }
+  if (x->rows > INT32_MAX)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, x->rows, INT32_MAX, "%s: the wgmma kernel takes 2^31 - 1 rows, not %lld",
+                            x->field, (long long)x->rows);
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_wgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  flashcore_status status = flashcore_check_tensor_core(a, device, "wgmma", 90, error);
+  if (status != FLASHCORE_OK) return status;
+  if (device->arch != 90)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
+                            "the wgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
+  const struct {
+    const char *field;
+    bool set;
+  } rules[] = {{"softcap", a->softcap > 0.f},
+               {"bias", a->bias != nullptr},
+               {"alibi_slopes", a->alibi_slopes != nullptr},
+               {"mask_bits", a->mask_bits != nullptr}};
+  for (const auto &rule : rules)
+    if (rule.set)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, rule.field, 1, 0, "%s: the wgmma kernel has no score rules", rule.field);
+  if (a->seq_kv == 0) return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1, "seq_kv: the wgmma kernel needs a key");
+  const int32_t dims[2] = {a->dim_qk, a->dim_v};
+  for (int i = 0; i < 2; ++i)
+    if (dims[i] % 8 || dims[i] > 256)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], dims[i] % 8 ? 8 : 256,
+                              "%s: the wgmma kernel serves multiples of 8 up to 256, not %d", i ? "dim_v" : "dim_qk", (int)dims[i]);
+  for (int i = FLASHCORE_WGMMA_Q; i <= FLASHCORE_WGMMA_O; ++i) {
+    const flashcore_wgmma_view view = flashcore_wgmma_view_of(a, i);
+    status = flashcore_wgmma_check_tensor(&view, i != FLASHCORE_WGMMA_O, error);
+    if (status != FLASHCORE_OK) return status;
+  }
+  return FLASHCORE_OK;
+}
+
+/* The instance a problem gets. */
+template <typename Tile> static void flashcore_wgmma_use(flashcore_plan *plan) {
+  plan->kernel = reinterpret_cast<const void *>(&flashcore::wgmma_kernel<Tile>);
+  plan->d.block_q = Tile::kBlockQ;
+  plan->d.block_kv = Tile::kBlockKv;
+  plan->d.stages = Tile::kStages;
+  plan->d.head_dim_qk = Tile::kHeadDimQk;
+  plan->d.head_dim_v = Tile::kHeadDimV;
+  plan->d.threads = Tile::kThreads;
+  plan->d.shared_bytes = Tile::kSharedBytes;
+}
+template <typename T> static void flashcore_wgmma_select(const flashcore_attention *a, flashcore_plan *plan) {
+  using namespace flashcore;
+  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
+  if (dim <= 64) {
+    if (a->causal == FLASHCORE_CAUSAL_NONE && a->seq_kv >= 8192) flashcore_wgmma_use<wgmma_tile_for<T, 64, 64, kLongTile>>(plan);
+    else flashcore_wgmma_use<wgmma_tile_for<T, 64, 64, kWideTile>>(plan);
+  } else if (dim <= 128) {
+    if (a->seq_kv > 1024) flashcore_wgmma_use<wgmma_tile_for<T, 128, 128, kLongTile>>(plan);
+    else flashcore_wgmma_use<wgmma_tile_for<T, 128, 128, kWideTile>>(plan);
+  } else flashcore_wgmma_use<wgmma_tile_for<T, 256, 256, kWideTile>>(plan);
+}
+
+/* Does this file hold the kernel's body? Compiled for plain sm_90 it does not, which the list of archs does not tell; but then it has no shared
+ * memory of its own. Where no device can be asked, the launch will say. */
+static bool flashcore_wgmma_has_body(const void *kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.sharedSizeBytes > 0;
+}
+
+static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                             flashcore_error *error) {
+  const flashcore_status status = flashcore_wgmma_check(a, device, error);
+  if (status != FLASHCORE_OK) return status;
+#if !defined(FLASHCORE_NO_F16)
+  if (a->dtype == FLASHCORE_F16) flashcore_wgmma_select<__half>(a, plan);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (a->dtype == FLASHCORE_BF16) flashcore_wgmma_select<__nv_bfloat16>(a, plan);
+#endif
+  if (!plan->kernel)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the wgmma kernel was compiled without type %d",
+                            (int)a->dtype);
+  if (!flashcore_wgmma_has_body(plan->kernel))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 90,
+                            "the wgmma kernel was compiled for sm_90: it needs sm_90a (-gencode arch=compute_90a,code=sm_90a)");
+  flashcore_description *d = &plan->d;
+  const int64_t heads = (int64_t)a->heads_q * a->batch, tiles = (a->seq_q + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
+  if (heads > most)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", heads, most, "batch * heads_q is %lld: the wgmma kernel takes %lld of %lld tiles",
+                            (long long)heads, (long long)most, (long long)tiles);
+  d->backend = FLASHCORE_BACKEND_WGMMA;
+  d->splits = d->packed_group = 1;
+  /* Measured on the H200 beside the mma kernel: few keys, tiles with few rows, or tiles for few of the SMs. */
+  plan->is_slow = a->seq_kv < 256 || 2 * (int64_t)a->seq_q < d->block_q || 4 * heads * a->seq_q < 3 * (int64_t)device->sm_count * d->block_q;
+  d->grid = tiles * heads < device->sm_count ? tiles * heads : device->sm_count;
+  snprintf(d->kernel, sizeof d->kernel, "wgmma %s d%d,%d q%d kv%d", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk,
+           (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv);
+  return FLASHCORE_OK;
+}
+
+/* cuTensorMapEncodeTiled from the driver that is loaded; NULL where it has none. Looked for once. */
+static decltype(&cuTensorMapEncodeTiled) flashcore_wgmma_encoder() {
+  static void *found = nullptr;
+  if (!found) {
+    cudaDriverEntryPointQueryResult result;
+    void *function = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    if (code == cudaSuccess && result == cudaDriverEntryPointSuccess) found = function;
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+/* The map of a tensor, for boxes of 64 columns and `rows` rows. */
+static flashcore_status flashcore_wgmma_encode(const flashcore_wgmma_view *x, int32_t dtype, int rows, flashcore::tensor_map *map,
+                                               flashcore_error *error) {
+  const auto encode = flashcore_wgmma_encoder();
+  if (!encode)
+    return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", 0, 0, "cuTensorMapEncodeTiled: the driver does not have it");
+  const auto bytes = [](int64_t stride, int64_t extent) { return (cuuint64_t)(extent > 1 ? 2 * stride : 16); };
+  const cuuint64_t sizes[4] = {(cuuint64_t)x->dim, (cuuint64_t)x->rows, (cuuint64_t)x->heads, (cuuint64_t)x->batch};
+  const cuuint64_t strides[3] = {bytes(x->tensor.stride_s, x->rows), bytes(x->tensor.stride_h, x->heads), bytes(x->tensor.stride_b, x->batch)};
+  const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const CUresult code =
+      encode(reinterpret_cast<CUtensorMap *>(map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+             x->tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return code == CUDA_SUCCESS ? FLASHCORE_OK
+                              : flashcore_refuse(error, FLASHCORE_CUDA_ERROR, x->field, code, CUDA_SUCCESS,
+                                                 "%s: cuTensorMapEncodeTiled gives error %d", x->field, (int)code);
+}
+
+static flashcore_status flashcore_wgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                               flashcore_error *error) {
+  static_assert(sizeof(flashcore::tensor_map) == sizeof(CUtensorMap), "the driver's type");
+  flashcore_attention args = *a;
+  flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.grid);
+  flashcore::tensor_map maps[3];
+  for (int i = FLASHCORE_WGMMA_Q; i <= FLASHCORE_WGMMA_V; ++i) {
+    const flashcore_wgmma_view view = flashcore_wgmma_view_of(a, i);
+    const flashcore_status status = flashcore_wgmma_encode(&view, a->dtype, i == FLASHCORE_WGMMA_Q ? 64 : plan->d.block_kv, &maps[i], error);
+    if (status != FLASHCORE_OK) return status;
+  }
+  void *kernel_args[5] = {&args, &schedule, &maps[FLASHCORE_WGMMA_Q], &maps[FLASHCORE_WGMMA_K], &maps[FLASHCORE_WGMMA_V]};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+static flashcore_backend_ops flashcore_wgmma_ops = {FLASHCORE_BACKEND_WGMMA, flashcore_wgmma_plan, flashcore_wgmma_launch, nullptr};
+static struct flashcore_wgmma_registration {
+  __forceinline__ flashcore_wgmma_registration() { flashcore_register_backend(&flashcore_wgmma_ops); }
+} flashcore_wgmma_registered;
+
+#endif /* implementation */
+
+#endif /* __CUDACC__ */
+
+/* MIT licence: see LICENSE. Copyright (c) 2026 FlashCore authors. */
+#endif /* FLASHCORE_WGMMA_CUH */
