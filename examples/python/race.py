@@ -42,7 +42,7 @@ def shapes(args):
 def contenders(q, k, v, causal, args):
     """name -> function that launches once and returns (batch, seq, heads, dim). A peer that refuses the shape is left out."""
     ours = flashcore.Attention(q, k, v, causal=causal, backend=args.backend, l4=args.l4)
-    functions = {"FlashCore": ours}
+    functions = {"FlashCore": ours, **{name: flashcore.Attention(q, k, v, causal=causal, backend=name) for name in args.also}}
     views = [x.transpose(1, 2) for x in (q, k, v)]
     for name, which in PEERS.items():
         def peer(which=which):
@@ -118,23 +118,24 @@ def run_shape(shape, args):
     flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
     return {"shape": shape, "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
             "ratio": {n: t / us["FlashCore"] for n, t in us.items()}, "kernel": what.kernel.decode() + (f", {what.blocks_per_sm} per SM" if args.l4 else ""),
-            "right": errors["FlashCore"] <= 3 * UNIT[args.dtype]}
+            "right": max(errors[name] for name in ("FlashCore", *args.also)) <= 3 * UNIT[args.dtype]}
 
 
 def print_row(row, args):
     batch, heads, seq, dim, causal = row["shape"]
-    ratios = " ".join(f"{row['ratio'][n]:7.3f}" if n in row["ratio"] else "      -" for n in PEERS)
+    others = [*PEERS, *args.also]
+    ratios = " ".join(f"{row['ratio'][n]:7.3f}" if n in row["ratio"] else "      -" for n in others)
     values, width = (row["us"], 9) if args.small else (row["tflops"], 9)
-    figures = " ".join(f"{values[n]:{width}.2f}" if n in values else " " * (width - 1) + "-" for n in ("FlashCore", *PEERS))
+    figures = " ".join(f"{values[n]:{width}.2f}" if n in values else " " * (width - 1) + "-" for n in ("FlashCore", *others))
     error = f"{row['errors']['FlashCore']:.1e} {max([e for n, e in row['errors'].items() if n != 'FlashCore'], default=math.nan):.1e}"
     print(f"{dim:4d} {'yes' if causal else 'no':>6s} {batch:5d} {heads:5d} {seq:6d} | {ratios} | {figures} | {error} | {row['kernel']}"
           + ("" if row["right"] else "  WRONG"), flush=True)
 
 
-def print_means(rows):
+def print_means(rows, args):
     def line(title, chosen):
         means = []
-        for name in PEERS:
+        for name in [*PEERS, *args.also]:
             ratios = [r["ratio"][name] for r in chosen if name in r["ratio"]]
             if ratios:
                 means.append(f"{name} {statistics.geometric_mean(ratios):.3f}x (least {min(ratios):.3f}, {len(ratios)} shapes)")
@@ -170,6 +171,7 @@ def main():
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--backend", choices=flashcore.BACKENDS, default="auto")
+    parser.add_argument("--also", nargs="*", choices=flashcore.BACKENDS, default=[], help="other backends of FlashCore, in the same race")
     parser.add_argument("--l4", action="store_true", help="FlashCore in an L4's shared memory, 100 KiB per SM: its tiles and its number of blocks per SM; "
                                                           "the peers are not limited")
     parser.add_argument("--rounds", type=int, default=15)
@@ -181,13 +183,14 @@ def main():
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, {args.dtype}")
     if args.l4:
         print("# FlashCore in an L4's shared memory: tiles for 100 KiB per SM, only as many blocks per SM as fit there; the peers are not limited")
-    print(f"# ratio FlashCore over {', '.join(PEERS)} | {unit} of FlashCore, {', '.join(PEERS)} | relative error of FlashCore, worst peer | kernel")
+    others = ", ".join([*PEERS, *args.also])
+    print(f"# ratio FlashCore over {others} | {unit} of FlashCore, {others} | relative error of FlashCore, worst peer | kernel")
     print("#  D causal batch heads    seq")
     rows = []
     for shape in shapes(args):
         rows.append(run_shape(shape, args))
         print_row(rows[-1], args)
-    print_means(rows)
+    print_means(rows, args)
     if args.csv:
         write_csv(args.csv, rows, args)
     wrong = sum(not r["right"] for r in rows)
