@@ -30,7 +30,7 @@
  *   q_free[stage][wg]     1 per warp of group wg     the producer        (i & 1) ^ 1         they were read for the last time
  *   k_full, v_full[st]    the producer + its bytes   all consumer warps  i & 1               a block of K or V has landed
  *   k_free, v_free[st]    1 per consumer warp        the producer        (i & 1) ^ 1         it was read and may be filled again
- *   work_full[tile & 1]   1 per consumer warp [*]    all consumer warps  (tile / 2) & 1      which rows and keys the tile has
+ *   work_full[tile & 1]   a lane per consumer warp   all consumer warps  (tile / 2) & 1      which rows and keys the tile has
  *   work_free[tile & 1]   1 per consumer warp        the planner         (tile / 2 & 1) ^ 1  the tile is done
  *   kGroupBarrier + wg    128 threads of group wg    the same            -                   the tail rows of a V block are zero
  *   __syncthreads         the block                  the block           -                   the barriers exist                               */
