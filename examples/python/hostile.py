@@ -35,7 +35,8 @@ def make(kind, dim, dtype):
 
 def main():
     torch.manual_seed(1)
-    print(f"# {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}\n# type dim causal | " + " ".join(f"{kind:>6}" for kind in KINDS) + " | us on normal data | kernel")
+    print(f"# {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    print("# type dim causal | " + " ".join(f"{kind:>6}" for kind in KINDS) + " | us on normal data | kernel")
     types = {"fp16": torch.float16, "bf16": torch.bfloat16}
     for backend, name, dim, causal in itertools.product(sys.argv[1:] or ["auto"], types, (64, 128, 256), (False, True)):
         calls = {kind: flashcore.Attention(*make(kind, dim, types[name]), causal=causal, backend=backend) for kind in KINDS}

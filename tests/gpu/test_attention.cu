@@ -132,9 +132,9 @@ static void test_many_keys() {
     for (int dim : {64, 128, 256}) {
       Case c = sized(dtype, 1, 2, 1, 333, 8209, dim);
       cases.push_back(c);
-      c.data = 1, c.causal = 1; // logits of std 16
+      c.data = DATA_STD16, c.causal = 1;
       cases.push_back(c);
-      c.data = 2, c.causal = 0; // ramp
+      c.data = DATA_RAMP, c.causal = 0;
       cases.push_back(c);
     }
   }

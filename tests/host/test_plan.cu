@@ -7,32 +7,9 @@
 #include "flashcore_wmma.cuh"
 
 #include "check.h"
+#include "plan.h"
 
 static const int32_t tensor_core[] = {FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA};
-
-/* A problem that both plan for. Nothing is read through its addresses. */
-static flashcore_attention accepted() {
-  flashcore_attention a;
-  flashcore_init(&a);
-  a.dtype = FLASHCORE_F16;
-  a.batch = a.heads_q = a.heads_kv = 2;
-  a.seq_q = a.seq_kv = 2;
-  a.dim_qk = a.dim_v = 64;
-  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
-  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), 2, 2, 64);
-  return a;
-}
-
-/* What flashcore_forward would answer on a GPU of that arch, with the SMs of an L4. */
-static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {
-  const flashcore_device device = {0, arch, 58, 100 * 1024};
-  const flashcore_backend_ops *ops;
-  flashcore_attention resolved;
-  const flashcore_status status = flashcore_validate(&a, error);
-  if (status != FLASHCORE_OK) return status;
-  flashcore_resolve(&a, &resolved);
-  return flashcore_plan_backend(&resolved, backend, &device, plan, &ops, error);
-}
 
 static void page(flashcore_attention &a) {
   static int32_t table[2];
@@ -64,14 +41,14 @@ static const refusal refusals[] = {
 static void accepted_problem_is_planned() {
   for (const int32_t backend : tensor_core) {
     flashcore_plan plan;
-    CHECK(plan_on(89, accepted(), backend, &plan, nullptr) == FLASHCORE_OK && plan.kernel && plan.d.backend == backend);
+    CHECK(plan_on(89, accepted(2), backend, &plan, nullptr) == FLASHCORE_OK && plan.kernel && plan.d.backend == backend);
   }
 }
 
 static void tensor_core_backends_refuse_alike_and_by_name() {
   for (const int32_t backend : tensor_core)
     for (const refusal &x : refusals) {
-      flashcore_attention a = accepted();
+      flashcore_attention a = accepted(2);
       flashcore_plan plan;
       flashcore_error error = {};
       x.change(a);
@@ -88,9 +65,9 @@ static void tensor_core_backends_refuse_alike_and_by_name() {
 static void simt_refuses_an_arch_by_name() {
   flashcore_plan plan;
   flashcore_error error = {};
-  CHECK(plan_on(70, accepted(), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_UNSUPPORTED_ARCH);
+  CHECK(plan_on(70, accepted(2), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_UNSUPPORTED_ARCH);
   CHECK(!strcmp(error.field, "device") && error.value == 70 && error.limit == 75 && strstr(error.message, "the simt kernel"));
-  CHECK(plan_on(90, accepted(), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_BACKEND_NOT_COMPILED);
+  CHECK(plan_on(90, accepted(2), FLASHCORE_BACKEND_SIMT, &plan, &error) == FLASHCORE_BACKEND_NOT_COMPILED);
   CHECK(!strcmp(error.field, "device") && error.value == 90 && error.limit == 75 && strstr(error.message, "the simt kernel"));
 }
 
@@ -113,7 +90,7 @@ static void expect_misaligned(const flashcore_attention &a, const char *field, i
 
 static void stride_along_a_dim_of_extent_1_needs_no_alignment() {
   for (int odd = 0; odd < 3; ++odd) {
-    flashcore_attention a = accepted();
+    flashcore_attention a = accepted(2);
     if (odd == 0) a.batch = 1;
     if (odd == 1) a.seq_q = a.seq_kv = 1;
     if (odd == 2) a.heads_q = a.heads_kv = 1;
@@ -126,7 +103,7 @@ static void stride_along_any_other_dim_needs_it() {
   const char *names[] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i)
     for (int odd = 0; odd < 3; ++odd) {
-      flashcore_attention a = accepted();
+      flashcore_attention a = accepted(2);
       flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o}, *t = tensors[i];
       (odd == 0 ? t->stride_b : odd == 1 ? t->stride_s : t->stride_h) = 514;
       expect_misaligned(a, names[i], 514, 4);
@@ -135,7 +112,7 @@ static void stride_along_any_other_dim_needs_it() {
 
 static void packed_rows_are_as_many_as_their_total() { /* sequences of one row still step along the rows */
   static const int32_t offsets[3] = {0, 1, 2};
-  flashcore_attention a = accepted();
+  flashcore_attention a = accepted(2);
   a.cu_seqlens_q = a.cu_seqlens_kv = offsets, a.total_q = a.total_kv = 2;
   a.seq_q = a.seq_kv = 1;
   for (flashcore_tensor *t : {&a.q, &a.k, &a.v, &a.o}) t->stride_b = 3;

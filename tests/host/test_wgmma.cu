@@ -6,21 +6,10 @@
 #include "flashcore_wgmma.cuh"
 
 #include "check.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <vector>
-
-static flashcore_attention accepted() {
-  flashcore_attention a;
-  flashcore_init(&a);
-  a.dtype = FLASHCORE_F16;
-  a.batch = a.heads_q = a.heads_kv = 2;
-  a.seq_q = a.seq_kv = 300;
-  a.dim_qk = a.dim_v = 64;
-  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
-  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), 300, 2, 64);
-  return a;
-}
 
 /* Every tile once; returns the most work of a block over the mean, in blocks of 64 keys and the start and end of a tile. */
 static double walk(const flashcore_attention &a, int block_q, int blocks) {
@@ -52,7 +41,7 @@ static void every_tile_is_taken_once() {
       for (int units : {1, 7, 32, 131, 132, 133, 512, 1000})
         for (int block_q : {128, 192, 256})
           for (int dim : {64, 256}) {
-            flashcore_attention a = accepted();
+            flashcore_attention a = accepted(300);
             a.causal = causal, a.seq_q = a.seq_kv = seq, a.batch = 1, a.heads_q = a.heads_kv = units, a.dim_qk = a.dim_v = dim;
             walk(a, block_q, std::min(132, (seq + block_q - 1) / block_q * units));
           }
@@ -61,7 +50,7 @@ static void every_tile_is_taken_once() {
 static void causal_blocks_have_about_the_same_work() { /* batch * seq = 16384, heads * dim = 2048 on 132 SMs: 1.032 is the last of 7.76 rounds */
   for (int dim : {64, 128, 256})
     for (int seq = 512; seq <= 16384; seq *= 2) {
-      flashcore_attention a = accepted();
+      flashcore_attention a = accepted(300);
       a.causal = 1, a.seq_q = a.seq_kv = seq, a.batch = 16384 / seq, a.heads_q = a.heads_kv = 2048 / dim, a.dim_qk = a.dim_v = dim;
       const double worst = walk(a, dim == 64 ? 256 : dim == 128 && seq > 1024 ? 192 : 128, 132);
       if (!CHECK(worst < 1.05)) printf("  dim %d, seq %d: %.3f\n", dim, seq, worst);
@@ -94,14 +83,11 @@ static const refusal refusals[] = {
 
 static void refusals_name_the_field_and_the_kernel() {
   for (const refusal &x : refusals) {
-    const flashcore_device device = {0, x.arch, 132, 228 * 1024};
-    const flashcore_backend_ops *ops;
-    flashcore_attention a = accepted(), resolved;
+    flashcore_attention a = accepted(300);
     flashcore_plan plan;
     flashcore_error error = {};
     x.change(a);
-    flashcore_resolve(&a, &resolved);
-    const flashcore_status status = flashcore_plan_backend(&resolved, FLASHCORE_BACKEND_WGMMA, &device, &plan, &ops, &error);
+    const flashcore_status status = plan_on(x.arch, a, FLASHCORE_BACKEND_WGMMA, &plan, &error);
     if (!CHECK(status == x.status && error.field && !strcmp(error.field, x.field) && strstr(error.message, "the wgmma kernel")))
       printf("  %s: status %d, %s\n", x.name, (int)status, error.message);
   }

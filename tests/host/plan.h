@@ -1,0 +1,29 @@
+/* For tests of what backends plan and refuse: a problem to start from, and the question. Include it behind the header that holds the backends. */
+#ifndef FLASHCORE_TESTS_PLAN_H
+#define FLASHCORE_TESTS_PLAN_H
+
+/* A problem that every tensor-core backend plans for. Nothing is read through its addresses. */
+static flashcore_attention accepted(int32_t seq) {
+  flashcore_attention a;
+  flashcore_init(&a);
+  a.dtype = FLASHCORE_F16;
+  a.batch = a.heads_q = a.heads_kv = 2;
+  a.seq_q = a.seq_kv = seq;
+  a.dim_qk = a.dim_v = 64;
+  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
+  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), seq, 2, 64);
+  return a;
+}
+
+/* What flashcore_forward would answer on a GPU of that arch, with the SMs of an L4. */
+static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {
+  const flashcore_device device = {0, arch, 58, 100 * 1024};
+  const flashcore_backend_ops *ops;
+  flashcore_attention resolved;
+  const flashcore_status status = flashcore_validate(&a, error);
+  if (status != FLASHCORE_OK) return status;
+  flashcore_resolve(&a, &resolved);
+  return flashcore_plan_backend(&resolved, backend, &device, plan, &ops, error);
+}
+
+#endif
