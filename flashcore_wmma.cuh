@@ -638,8 +638,9 @@ template <typename T, int kHeadDimQk, int kHeadDimV, mma_shape kShape> struct mm
 #define FLASHCORE_MMA_TILE(qk, v, shape, ...)                                                                                                        \
   template <typename T> struct mma_tile_for<T, qk, v, shape> : mma_tile<T, qk, v, __VA_ARGS__> {}
 
-/* Registers decide all of them: 255 per thread, for 256 threads on an SM. What sm_89 and sm_90 run does not spill, but for 4 bytes in the general
- * kernel of 256 dims. Spills elsewhere: sm_80's wide tiles of 128 and 256 dims, 4 and 8 bytes; sm_100 and sm_120, up to 92 in that general kernel.
+/* Registers decide all of them: 255 per thread, for 256 threads on an SM. What sm_89 and sm_90 run does not spill below 256 dims; there it spills 4 to
+ * 8 bytes, the general kernel 28. Spills elsewhere: sm_80's wide tiles of 128 and 256 dims, 4 and 8 bytes; sm_100 and sm_120, up to 144 in that general
+ * kernel.
  *                  dims              row tiles, row warps, column warps, keys, step, stages, Q, blocks per SM */
 FLASHCORE_MMA_TILE(32, 32, kWide, 2, 4, 1, 128, 32, 2, kQRegisters, 2);
 FLASHCORE_MMA_TILE(32, 32, kNarrow, 1, 4, 1, 64, 64, 2, kQRegisters, 4);
@@ -899,6 +900,7 @@ template <typename Tile> struct mma_warp {
   static constexpr int kEdgeStep = kStep < 32 ? kStep : 32; /* finer at edges: less beyond the diagonal, and room for masks in the registers */
   static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesO = Tile::kColumns / 8;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
+  static constexpr bool kLsePays = kDepthQk > 8 && kDepthQk <= 16; /* whoever wants the LSE pays for its last bits; of 512 dims, everyone */
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
    * that count are normal in f16. Up to 2^kLimit no term overflows. */
   static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
@@ -1022,45 +1024,46 @@ template <typename Tile> struct mma_warp {
     for (int i = 0; i < kEarly && i < kTilesO / 2; ++i) v_fragment(early.f[i], v_tile, i);
   }
   /* s = Q K^T for 8 kTiles keys at `k_tile`; `early`: what early_k has read.   [16 kRowTiles][8 kTiles] f32
-   * Long rows are added up in parts: an f32 accumulator loses a little with each product, and logits of 1e5 and more would show it. */
-  template <int kTiles, bool kHasEarly = false>
+   *   kExact   long rows are added up in parts: an f32 accumulator loses a little with each product, which the LSE of large logits would show */
+  template <int kTiles, bool kExact = false, bool kHasEarly = false>
   __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTiles][4], uint32_t k_tile, const fragments &early = {}) {
-    constexpr int kPart = kDepthQk > 16 ? 8 : kDepthQk;
+    constexpr int kParts = kExact || kDepthQk > 16 ? (kDepthQk + 7) / 8 : 1;
+    float sum[kParts][kRowTiles][kTiles][4] = {};
 #pragma unroll
-    for (int part = 0; part < kDepthQk; part += kPart) {
-      float sum[kRowTiles][kTiles][4] = {};
+    for (int k = 0; k < kDepthQk; ++k) {
+      uint32_t fq[kRowTiles][4];
 #pragma unroll
-      for (int k = part; k < part + kPart && k < kDepthQk; ++k) {
-        uint32_t fq[kRowTiles][4];
+      for (int i = 0; i < kRowTiles; ++i) {
+        if constexpr (kQHeld) {
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          if constexpr (kQHeld) {
-#pragma unroll
-            for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
-          } else q_fragment(fq[i], i, k);
-        }
-#pragma unroll
-        for (int n = 0; n < kTiles / 2; ++n) {
-          const int at = k * (kTiles / 2) + n;
-          uint32_t fk[4];
-          if (kHasEarly && at < kEarly) {
-#pragma unroll
-            for (int x = 0; x < 4; ++x) fk[x] = early.f[at][x];
-          } else k_fragment<kTiles>(fk, k_tile, at);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) {
-            mma_m16n8k16<T>(sum[i][2 * n], fq[i], fk[0], fk[1]);
-            mma_m16n8k16<T>(sum[i][2 * n + 1], fq[i], fk[2], fk[3]);
-          }
-        }
+          for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
+        } else q_fragment(fq[i], i, k);
       }
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int n = 0; n < kTiles / 2; ++n) {
+        const int at = k * (kTiles / 2) + n;
+        uint32_t fk[4];
+        if (kHasEarly && at < kEarly) {
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
+          for (int x = 0; x < 4; ++x) fk[x] = early.f[at][x];
+        } else k_fragment<kTiles>(fk, k_tile, at);
 #pragma unroll
-          for (int x = 0; x < 4; ++x) s[i][n][x] = part == 0 ? sum[i][n][x] : s[i][n][x] + sum[i][n][x];
+        for (int i = 0; i < kRowTiles; ++i) {
+          mma_m16n8k16<T>(sum[k % kParts][i][2 * n], fq[i], fk[0], fk[1]);
+          mma_m16n8k16<T>(sum[k % kParts][i][2 * n + 1], fq[i], fk[2], fk[3]);
+        }
+      }
     }
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int x = 0; x < 4; ++x) {
+          s[i][n][x] = sum[0][i][n][x];
+#pragma unroll
+          for (int part = 1; part < kParts; ++part) s[i][n][x] += sum[part][i][n][x];
+        }
   }
   /* o += P V for 8 kTiles keys at `v_tile`; `early`: what early_v has read.   [16 kRowTiles][kColumns] f32 */
   template <bool kHasEarly = false, int kTiles>
@@ -1219,10 +1222,11 @@ template <typename Tile> struct mma_warp {
    *   trusting     no maximum at all: terms are taken against the reference as it stands, their sums bound them all, and from a step with a large sum
    *                on, the keys are left to edge_tile
    *   not          the maxima are looked at first, and where terms would be too large the reference moves
+   *   exact        see gemm_qk
    * The products of the next step are issued before the exponentials of this one (kAhead), so that the tensor cores have work meanwhile.
    *   returns  false: only the first w.done keys were taken
    *   callers  all 32 lanes, converged; fill may wait for other warps */
-  template <bool kTrusts, typename Fill>
+  template <bool kTrusts, bool kExact, typename Fill>
   __forceinline__ __device__ bool inner_tile(uint32_t k_tile, uint32_t v_tile, float scale_log2, mma_work &w, const Fill &fill) {
     constexpr bool kAhead = Tile::kAhead;
     float s[kAhead ? 2 : 1][kRowTiles][kStep / 8][4], sum[kRowTiles][2];
@@ -1230,11 +1234,11 @@ template <typename Tile> struct mma_warp {
     fragments early;
     early_k<kStep / 8>(early, k_tile);
     fill();
-    gemm_qk<kStep / 8, true>(s[0], k_tile, early);
+    gemm_qk<kStep / 8, kExact, true>(s[0], k_tile, early);
 #pragma unroll
     for (int c = 0; c < Tile::kBlockKv; c += kStep) {
-      if (!kAhead && c > 0) gemm_qk(s[0], k_tile + c * Tile::kRowBytesQk);
-      if (kAhead && c + kStep < Tile::kBlockKv) gemm_qk(s[(c / kStep + 1) % 2], k_tile + (c + kStep) * Tile::kRowBytesQk);
+      if (!kAhead && c > 0) gemm_qk<kStep / 8, kExact>(s[0], k_tile + c * Tile::kRowBytesQk);
+      if (kAhead && c + kStep < Tile::kBlockKv) gemm_qk<kStep / 8, kExact>(s[(c / kStep + 1) % 2], k_tile + (c + kStep) * Tile::kRowBytesQk);
       const auto &now = s[kAhead ? c / kStep % 2 : 0];
       if (!kTrusts && !terms_fit(now, scale_log2)) {
         if (!raise(now, scale_log2, kHeadroomWary)) return leave_at(w, c);
@@ -1247,6 +1251,12 @@ template <typename Tile> struct mma_warp {
       gemm_pv<true>(p, v_tile + c * Tile::kRowBytesV, early);
     }
     return true;
+  }
+  template <bool kTrusts, typename Fill>
+  __forceinline__ __device__ bool take_inner(const flashcore_attention &a, uint32_t k_tile, uint32_t v_tile, float scale_log2, mma_work &w,
+                                             const Fill &fill) {
+    if (kLsePays && a.lse) return inner_tile<kTrusts, true>(k_tile, v_tile, scale_log2, w, fill);
+    return inner_tile<kTrusts, false>(k_tile, v_tile, scale_log2, w, fill);
   }
   /* The keys of one stage from `done` on, step by step: at an edge, under a score rule, or where a term was too large. A step with a large sum runs
    * again after the reference has moved.
@@ -1262,7 +1272,8 @@ template <typename Tile> struct mma_warp {
       if (key >= w.warp_last || key + kEdgeStep <= w.warp_first) continue;
       bool look = Rule::kActive, again; /* a rule costs too much to run twice */
       do {
-        gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
+        if (kLsePays && a.lse) gemm_qk<kEdgeStep / 8, true>(s, k_tile + c * Tile::kRowBytesQk);
+        else gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
         if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
         if (key + kEdgeStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
         if (look) raise(s, plan.scale_log2, kHeadroom);
@@ -1327,14 +1338,14 @@ template <typename Tile> struct mma_warp {
     while (tile < w.tile_end) {
       if (!kGeneral && tile >= w.inner_begin) {
         for (; kWaryLoop && w.trust != kTrusting && tile < w.inner_end; end_tile()) {
-          if (!inner_tile<false>(k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
+          if (!take_inner<false>(a, k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
           __syncwarp();
           if (w.trust == kProbing && lane() == 0) w.trust = kTrusting;
           __syncwarp();
         }
         if (w.done < 0)
           for (; tile < w.inner_end; end_tile())
-            if (!inner_tile<true>(k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
+            if (!take_inner<true>(a, k_at(ring.here(tile)), v_at(ring.here(tile)), plan.scale_log2, w, fill_next)) break;
         if (tile >= w.tile_end) break;
       }
       const int done = w.done;
