@@ -2,17 +2,20 @@
  *
  * Use:  #include this beside flashcore_wmma.cuh in the file that defines FLASHCORE_IMPLEMENTATION, and compile for sm_90a:
  *         nvcc -gencode arch=compute_90a,code=sm_90a ...
- *       flashcore_forward then picks this kernel on an H100 or H200. Compiled for another arch it refuses, and dispatch goes on to the next backend.
+ *       flashcore_forward then picks this kernel on an H100 or H200 where it is the fastest. Compiled for another arch it refuses, and dispatch goes on
+ *       to the next backend. Or launch wgmma_kernel yourself, with a score rule, a prologue for Q and an epilogue for O of your own
+ *       (examples/fused_prologue_epilogue).
  *
  * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
- *   1  TMA, barriers, registers: PTX wrappers                    WGMMA     f16, bf16      <= 64, 128, 256                               sm_90a
- *   2  wgmma: descriptors, fragments, the instruction            not served: fp32, fp8, other dims, score rules (softcap, ALiBi, bias, mask bits),
- *   3  one struct describes one kernel                           page tables, key splits, K and V without keys, tensors that TMA cannot read
- *   4  which rows and keys a tile works on                       (addresses and strides that are no multiples of 16 bytes, or not positive)
- *   5  the producer
+ *   1  TMA, barriers, registers: PTX wrappers                    WGMMA     f16, bf16      64, 96, 128, 192, 256, (192, 128)             sm_90a
+ *   2  wgmma: descriptors, fragments, the instruction            not served: fp32, fp8, page tables, key splits, K and V without keys,
+ *   3  one struct describes one kernel; hooks                    tensors that TMA cannot read (addresses and strides that are no multiples of
+ *   4  which rows and keys a tile works on                       16 bytes, or negative)
+ *   5  the producer and the planner
  *   6  the consumers' mainloop
  *   7  kernel                                                    FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
- *   8  plan and launch
+ *   8  tensor maps, and the launch of a kernel of your own
+ *   9  plan and launch
  *
  * The algorithm. One block per SM walks over tiles of query rows. One warp, the producer, has TMA fill a ring of K and V blocks; another, the
  * planner, works out which rows and keys come next; two to four warpgroups, the consumers, own 64 rows each.
@@ -20,14 +23,14 @@
  *   for each block j of keys, the last first:
  *     s = Q K_j^T          wgmma, issued together with the one before it:   o += P_j+1 V_j+1
  *     p = exp2(s c - m)    while the tensor cores work on o; against the reference as it stands, and the row sums bound every term
- *     if a sum is large:   s again; m = max(m, max s c + headroom); o, l scaled along; p again   (rare)
+ *     if a sum is large:   m = m + log2 max p + headroom; p, o, l scaled along   (rare; where p overflowed, s once more and its maximum)
  *     l += sum p
  *   o / l, straight from registers; meanwhile the next tile's first s is on its way
  *
  * Barrier ledger; i counts a ring's rounds, a warp waits with all its lanes:
  *   barrier               arrivals per phase         who waits           parity in round i   what it hands over
  *   q_full[stage][wg]     the producer + its bytes   warps of group wg   i & 1               64 rows of Q have landed
- *   q_free[stage][wg]     1 per warp of group wg     the producer        (i & 1) ^ 1         they were read for the last time
+ *   q_free[stage][wg]     1 per warp of group wg     the producer        (i & 1) ^ 1         they were read for the last time, or are in registers
  *   k_full, v_full[st]    the producer + its bytes   all consumer warps  i & 1               a block of K or V has landed
  *   k_free, v_free[st]    1 per consumer warp        the producer        (i & 1) ^ 1         it was read and may be filled again
  *   work_full[tile & 1]   a lane per consumer warp   all consumer warps  (tile / 2) & 1      which rows and keys the tile has
@@ -38,6 +41,9 @@
 #define FLASHCORE_WGMMA_CUH
 #include "flashcore.h"
 #if defined(__CUDACC__)
+#if !defined(__CUDACC_RTC__)
+#include <cuda.h> /* types of cuTensorMapEncodeTiled; nothing of the driver's library is linked */
+#endif
 
 /* wgmma and setmaxnreg belong to sm_90a alone: plain sm_90 does not have them. Always 0 or 1. */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -56,6 +62,9 @@ inline namespace v0_1_0 {
 /* What the driver's cuTensorMapEncodeTiled writes: a tensor's address, sizes, strides and box. Pass it as a __grid_constant__ const parameter. */
 struct alignas(64) tensor_map {
   uint64_t words[16];
+};
+struct wgmma_maps {
+  tensor_map q, k, v;
 };
 
 #if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
@@ -129,7 +138,7 @@ template <int kTiles> FLASHCORE_DEVICE void wgmma_pin(float (&d)[kTiles][4]) {
 /* d = a b, or d += a b: a 64 x 16, b 16 x kN, f32 accumulators. Asynchronous.
  *   ptx      wgmma.mma_async.sync.aligned.m64nNk16.f32.{f16,bf16}.{f16,bf16}, sm_90a, PTX 8.0
  *   shapes   ss: a and b K-major in shared memory, both by descriptor (S = Q K^T)
- *            rs: a in registers, b MN-major in shared memory (O = P V)
+ *            rs: a in registers, b in shared memory; kTransB 1: MN-major (O = P V), 0: K-major (S = Q K^T)
  *   callers  a warpgroup, converged; wgmma_fence before, wgmma_commit and wgmma_wait after
  *
  * Accumulator d[kN / 8][4]: warp w of the group has rows 16w .. 16w+15, where d[n] is mma.m16n8's accumulator of columns 8n .. 8n+7; the A operand in
@@ -139,16 +148,18 @@ template <typename T, int kN> struct wgmma;
 #define FLASHCORE_D4(i)   "+f"(d[(i) / 4][0]), "+f"(d[(i) / 4][1]), "+f"(d[(i) / 4][2]), "+f"(d[(i) / 4][3])
 #define FLASHCORE_D16(i)  FLASHCORE_D4(i), FLASHCORE_D4(i + 4), FLASHCORE_D4(i + 8), FLASHCORE_D4(i + 12)
 #define FLASHCORE_D32(i)  FLASHCORE_D16(i), FLASHCORE_D16(i + 16)
-#define FLASHCORE_D64(i)  FLASHCORE_D32(i), FLASHCORE_D32(i + 32)
-#define FLASHCORE_D128(i) FLASHCORE_D64(i), FLASHCORE_D64(i + 64)
+#define FLASHCORE_D48(i)  FLASHCORE_D32(i), FLASHCORE_D16(i + 32)
+#define FLASHCORE_D64(i)  FLASHCORE_D48(i), FLASHCORE_D16(i + 48)
+#define FLASHCORE_D96(i)  FLASHCORE_D64(i), FLASHCORE_D32(i + 64)
+#define FLASHCORE_D128(i) FLASHCORE_D96(i), FLASHCORE_D32(i + 96)
 #define FLASHCORE_L32     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define FLASHCORE_L64                                                                                                                                \
-  FLASHCORE_L32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASHCORE_L48     FLASHCORE_L32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define FLASHCORE_L64     FLASHCORE_L48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASHCORE_L96                                                                                                                                \
+  FLASHCORE_L64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define FLASHCORE_L128                                                                                                                               \
-  FLASHCORE_L64                                                                                                                                      \
-  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"                 \
-  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122"              \
-  ",%123,%124,%125,%126,%127"
+  FLASHCORE_L96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%"   \
+                "122,%123,%124,%125,%126,%127"
 /* n: kN; list, outputs: its n / 2 registers; i0 .. i6: the numbers of the operands behind them */
 #define FLASHCORE_WGMMA(T, type, n, list, outputs, i0, i1, i2, i3, i4, i5, i6)                                                                       \
   template <> struct wgmma<T, n> {                                                                                                                   \
@@ -158,16 +169,18 @@ template <typename T, int kN> struct wgmma;
                    : outputs                                                                                                                         \
                    : "l"(a), "l"(b), "r"((int)accumulate));                                                                                          \
     }                                                                                                                                                \
-    static __forceinline__ __device__ void rs(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                           \
+    template <int kTransB> static __forceinline__ __device__ void rs(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {    \
       asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i5 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list    \
                    "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1, %" #i6 ";\n\t}"                                                     \
                    : outputs                                                                                                                         \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(1));                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(kTransB));                                        \
     }                                                                                                                                                \
   };
 #define FLASHCORE_WGMMA_OF(T, type)                                                                                                                  \
   FLASHCORE_WGMMA(T, type, 64, FLASHCORE_L32, FLASHCORE_D32(0), 32, 33, 34, 35, 36, 37, 38)                                                          \
+  FLASHCORE_WGMMA(T, type, 96, FLASHCORE_L48, FLASHCORE_D48(0), 48, 49, 50, 51, 52, 53, 54)                                                          \
   FLASHCORE_WGMMA(T, type, 128, FLASHCORE_L64, FLASHCORE_D64(0), 64, 65, 66, 67, 68, 69, 70)                                                         \
+  FLASHCORE_WGMMA(T, type, 192, FLASHCORE_L96, FLASHCORE_D96(0), 96, 97, 98, 99, 100, 101, 102)                                                      \
   FLASHCORE_WGMMA(T, type, 256, FLASHCORE_L128, FLASHCORE_D128(0), 128, 129, 130, 131, 132, 133, 134)
 FLASHCORE_WGMMA_OF(__half, "f16")
 FLASHCORE_WGMMA_OF(__nv_bfloat16, "bf16")
@@ -175,13 +188,14 @@ FLASHCORE_WGMMA_OF(__nv_bfloat16, "bf16")
 #endif /* FLASHCORE_HAS_SM90A */
 
 /* ================================================================================================================================
- * 3  One struct describes one kernel
+ * 3  One struct describes one kernel; hooks
  * ================================================================================================================================ */
 
 /* How a tile's Q reaches the product with K. */
 enum wgmma_q {
-  kQOnce,  /* one buffer: the next tile's Q is loaded while this tile's O is stored */
-  kQTwice, /* two buffers: it is there when this tile ends, and the next tile's first product overlaps this tile's last */
+  kQOnce,      /* one buffer: the next tile's Q is loaded while this tile's O is stored */
+  kQTwice,     /* two buffers: it is there when this tile ends, and the next tile's first product overlaps this tile's last */
+  kQFragments, /* so too, with one buffer: a tile begins by taking Q's fragments to registers */
 };
 /* When a row's reference is looked after. */
 enum wgmma_reference {
@@ -190,18 +204,22 @@ enum wgmma_reference {
 };
 
 /* T: element; kHeadDimQk, kHeadDimV: dims of the instance, smaller ones are zero-padded to it
- * kGroups: consumer warpgroups, 64 query rows each      kBlockKv: keys per block      kStages: blocks of K, and of V, in shared memory */
-template <typename T_, int kHeadDimQk_, int kHeadDimV_, int kGroups_, int kBlockKv_, int kStages_, wgmma_q kQ_, wgmma_reference kReference_>
+ * kGroups: consumer warpgroups, 64 query rows each      kBlockKv: keys per block      kStages: blocks of K, and of V, in shared memory
+ * kParts: 1 or 2, of the sum along a row of Q: an f32 accumulator loses a little with each product, which the LSE of large logits would show */
+template <typename T_, int kHeadDimQk_, int kHeadDimV_, int kGroups_, int kBlockKv_, int kStages_, wgmma_q kQ_, wgmma_reference kReference_,
+          int kParts_ = 1>
 struct wgmma_tile {
   using T = T_;
-  static constexpr int kHeadDimQk = kHeadDimQk_, kHeadDimV = kHeadDimV_, kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_;
-  static constexpr bool kOverlapsTiles = kQ_ == kQTwice, kTrustsSums = kReference_ == kLookAtSums;
+  static constexpr int kHeadDimQk = kHeadDimQk_, kHeadDimV = kHeadDimV_, kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_,
+                       kParts = kParts_;
+  static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kReference_ == kLookAtSums;
   static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
 
   static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
 
-  /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], V [kStages]; each [dims / 64][rows][64]. */
-  static constexpr int kBytesQ = 64 * kHeadDimQk * 2, kBytesK = kBlockKv * kHeadDimQk * 2, kBytesV = kBlockKv * kHeadDimV * 2;
+  /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], V [kStages]; each [columns / 64][rows][64]. */
+  static constexpr int kColumnsQk = (kHeadDimQk + 63) / 64 * 64, kColumnsV = (kHeadDimV + 63) / 64 * 64;
+  static constexpr int kBytesQ = 64 * kColumnsQk * 2, kBytesK = kBlockKv * kColumnsQk * 2, kBytesV = kBlockKv * kColumnsV * 2;
   static constexpr int kOffsetK = kQStages * kGroups * kBytesQ, kOffsetV = kOffsetK + kStages * kBytesK;
   static constexpr int kOffsetBarriers = kOffsetV + kStages * kBytesV, kBytesBarriers = 512, kSharedBytes = kOffsetBarriers + kBytesBarriers + 1024;
 
@@ -209,27 +227,83 @@ struct wgmma_tile {
   static constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : kGroups == 3 ? 160 : 112;
 
   static_assert(sizeof(T) == 2, "16-bit elements");
-  static_assert(kHeadDimQk % 64 == 0 && kHeadDimV % 64 == 0 && kBlockKv % 64 == 0, "tiles are made of 64 columns; a group of 8 rows is swizzled");
+  static_assert(kHeadDimQk % 16 == 0 && kHeadDimV % 32 == 0 && kBlockKv % 64 == 0,
+                "depth of a product; O is stored by 32 columns; whole boxes of keys");
   static_assert(kGroups >= 2 && kGroups <= 4, "registers are shared out for these");
+  static_assert(kParts == 1 || !kTrustsSums, "gemm_qk_again adds up in one part");
   /* A group skips the blocks beyond its own diagonal while it still holds one of V: the producer must get past them. */
   static_assert(kStages > (kGroups - 1) * 64 / kBlockKv && kStages >= 2, "as many stages as groups that skip");
   static_assert(kProducerRegisters * 128 + kConsumerRegisters * kGroups * 128 <= 65536, "registers of an SM");
-  static_assert(kSharedBytes + 2 * kConsumerWarps * 64 <= 227 * 1024, "with wgmma_shared, fits an SM");
 };
 
-/* The tiles in use. wide: most. long: rows of many keys, where reading K and V less often pays. */
-enum wgmma_shape { kWideTile, kLongTile };
+/* The tiles in use
+ *   wide      most
+ *   narrow    fewer rows, for grids that would leave SMs idle at the end
+ *   long      causal rows of many keys, and dim 96: there it pays to read K and V less often
+ *   exact     who wants the LSE of more than 128 dims pays for its last bits
+ *   general   with a score rule, which needs registers */
+enum wgmma_shape { kWideTile, kNarrowTile, kLongTile, kExactTile, kGeneralTile };
 
 template <typename T, int kHeadDimQk, int kHeadDimV, wgmma_shape kShape> struct wgmma_tile_for;
 #define FLASHCORE_WGMMA_TILE(qk, v, shape, ...)                                                                                                      \
   template <typename T> struct wgmma_tile_for<T, qk, v, shape> : wgmma_tile<T, qk, v, __VA_ARGS__> {}
 
-/*                   dims               groups, keys, stages, Q, reference */
+/*                   dims               groups, keys, stages, Q, reference, parts */
 FLASHCORE_WGMMA_TILE(64, 64, kWideTile, 4, 64, 4, kQTwice, kLookAtSums); /* 256 rows: 512 and 1024 leave no remainder */
-FLASHCORE_WGMMA_TILE(64, 64, kLongTile, 3, 128, 2, kQTwice, kLookAtSums);
-FLASHCORE_WGMMA_TILE(128, 128, kWideTile, 2, 128, 2, kQTwice, kLookAtSums);
+FLASHCORE_WGMMA_TILE(64, 64, kNarrowTile, 2, 128, 4, kQFragments, kLookAtSums);
+FLASHCORE_WGMMA_TILE(64, 64, kGeneralTile, 2, 64, 4, kQTwice, kLookAlways);
+FLASHCORE_WGMMA_TILE(96, 96, kWideTile, 2, 128, 3, kQFragments, kLookAtSums);
+FLASHCORE_WGMMA_TILE(96, 96, kLongTile, 3, 64, 3, kQTwice, kLookAtSums);
+FLASHCORE_WGMMA_TILE(96, 96, kGeneralTile, 2, 64, 3, kQTwice, kLookAlways);
+FLASHCORE_WGMMA_TILE(128, 128, kWideTile, 2, 128, 3, kQFragments, kLookAtSums);
 FLASHCORE_WGMMA_TILE(128, 128, kLongTile, 3, 64, 3, kQTwice, kLookAtSums); /* 192 rows: fewer bytes of K and V per product than 128 */
-FLASHCORE_WGMMA_TILE(256, 256, kWideTile, 2, 64, 2, kQOnce, kLookAlways);  /* no room for Q twice, nor for a third stage to keep K in */
+FLASHCORE_WGMMA_TILE(128, 128, kGeneralTile, 2, 64, 3, kQTwice, kLookAlways);
+FLASHCORE_WGMMA_TILE(192, 128, kWideTile, 2, 128, 2, kQOnce, kLookAtSums);
+FLASHCORE_WGMMA_TILE(192, 128, kExactTile, 2, 64, 3, kQOnce, kLookAlways, 2); /* S in two parts: registers for 64 keys */
+FLASHCORE_WGMMA_TILE(192, 128, kGeneralTile, 2, 64, 3, kQOnce, kLookAlways, 2);
+FLASHCORE_WGMMA_TILE(192, 192, kWideTile, 2, 64, 3, kQOnce, kLookAtSums);
+FLASHCORE_WGMMA_TILE(192, 192, kExactTile, 2, 64, 3, kQOnce, kLookAlways, 2);
+FLASHCORE_WGMMA_TILE(192, 192, kGeneralTile, 2, 64, 3, kQOnce, kLookAlways, 2);
+FLASHCORE_WGMMA_TILE(256, 256, kWideTile, 2, 64, 2, kQOnce, kLookAlways); /* no room for Q twice, nor for a third stage to keep K in */
+FLASHCORE_WGMMA_TILE(256, 256, kExactTile, 2, 64, 2, kQOnce, kLookAlways, 2);
+FLASHCORE_WGMMA_TILE(256, 256, kGeneralTile, 2, 64, 2, kQOnce, kLookAlways, 2);
+
+/* Is it in the table? */
+template <typename Tile, typename = void> struct wgmma_has_tile { static constexpr bool value = false; };
+template <typename Tile> struct wgmma_has_tile<Tile, decltype((void)Tile::kBlockQ)> { static constexpr bool value = true; };
+
+/* ---- hooks: what a kernel of your own may do besides; a score rule is flashcore.h's ----
+ *
+ * A prologue changes Q where it lies in shared memory, before the first product. Any copyable type with kActive = true and
+ *     __device__ void operator()(const flashcore_attention &a, const wgmma_q_rows<T> &q) const;
+ *   callers  the 128 threads of a warpgroup, converged (threadIdx.x % 128 tells them apart); a barrier and a proxy fence follow
+ * An epilogue gets O in f32 and stores it, in whatever form and place. Any copyable type with kActive = true and
+ *     template <int kChunks> __device__ void operator()(const flashcore_attention &a, const float (&x)[kChunks][8], const wgmma_output &at) const;
+ *   shapes   x[i]: dims at.dim + 32 i and the next 7 of one row; live where that is below dim_v
+ *   callers  single lanes, for live rows */
+
+/* 64 rows of Q in shared memory, of one batch entry and query head. */
+template <typename T> struct wgmma_q_rows {
+  int32_t batch, head, query, live; /* query: row 0's, within its sequence; live: rows that exist, 0 to 64 */
+  int64_t offset;                   /* of row 0, in elements, from a.q.data by the strides of Q */
+  uint32_t shared;
+
+  /* Elements 8 chunk .. 8 chunk + 7 of a row; zeros beyond dim_qk. Generic address, 16 bytes. */
+  __forceinline__ __device__ T *chunk(int row, int chunk) const {
+    return static_cast<T *>(__cvta_shared_to_generic(shared + chunk / 8 * 64 * 128 + swizzled_tile<128>::offset(row, chunk % 8)));
+  }
+};
+struct wgmma_output {
+  int32_t batch, head, query, dim; /* dim: of x[0][0] */
+  int64_t offset;                  /* of x[0][0], in elements, from a.o.data by the strides of O */
+};
+
+struct no_prologue {
+  static constexpr bool kActive = false;
+};
+struct no_epilogue {
+  static constexpr bool kActive = false;
+};
 
 /* ================================================================================================================================
  * 4  Which rows and keys a tile works on
@@ -251,7 +325,7 @@ struct wgmma_schedule {
   int32_t last;     /* the last tile of a head */
   int32_t total;    /* tiles, or pairs, in all */
   int32_t order;    /* wgmma_order */
-  float scale_log2; /* of the products, in log2 units */
+  float scale_log2; /* of the products, in log2 units; 1 in kernels with a rule, which scales itself */
   int32_t masked;   /* causal or a window: rows see different keys */
   int32_t ragged;   /* lengths come from the device: what follows a sequence in memory is not zeros */
 
@@ -276,8 +350,8 @@ struct wgmma_schedule {
   }
 };
 
-/* The schedule of a problem (resolved) for a grid of so many blocks. */
-FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, int64_t blocks) {
+/* The schedule of a problem (resolved) for a grid of so many blocks. general: the kernel has a rule. */
+FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, bool general, int64_t blocks) {
   const int32_t tiles = (a.seq_q + block_q - 1) / block_q, units = a.heads_q * a.batch;
   wgmma_schedule s;
   /* There and back, the blocks read many heads at once, and few tiles share what comes from memory. Measured on the H200, as ratios to cuDNN: 128
@@ -291,7 +365,7 @@ FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a
   s.group = make_divisor(a.heads_q / a.heads_kv);
   s.last = tiles - 1;
   s.total = s.tiles.d * units;
-  s.scale_log2 = flashcore_scale_log2(a.scale);
+  s.scale_log2 = general ? 1.f : flashcore_scale_log2(a.scale);
   s.masked = a.causal || a.window_left < FLASHCORE_UNBOUNDED || a.window_right < FLASHCORE_UNBOUNDED;
   s.ragged = a.cu_seqlens_kv || a.seqlens_kv;
   return s;
@@ -302,9 +376,19 @@ struct wgmma_work {
   int32_t len_q, len_kv;
   int32_t q_row, kv_row; /* of the sequence's first query and key within the tensors that TMA reads */
   int32_t begin, end;    /* blocks of keys that some row of the tile sees */
-  /* Of one consumer warp: */
-  int32_t skip;                   /* blocks at the end that no row of the group sees; already taken off `end` */
-  int32_t inner_begin, inner_end; /* blocks that every row of the warp sees in full */
+};
+
+/* What a consumer warp has to know of its tile besides: which blocks of keys, from the last one down. */
+struct alignas(16) wgmma_walk {
+  int32_t blocks;      /* that some row of the group sees; 0: there is no more tile */
+  int32_t skip;        /* that come before these, for other groups */
+  int32_t first_edges; /* at the start of the walk that some row of the warp does not see in full */
+  int32_t last_edges;  /* at its end */
+  int32_t keys;        /* of the first block, before those that are not zeros but belong to another sequence */
+  int32_t begin;       /* the block that comes last */
+  int32_t row;         /* the warp's first query */
+  int64_t o, lse;      /* offsets of its first row, in elements */
+  wgmma_work tile;
 };
 
 /* Blocks of keys that some of the rows [row, row + rows) see; at least one, so that every tile is a walk. Rows past the end count as the last. */
@@ -338,19 +422,27 @@ FLASHCORE_DEVICE bool wgmma_find_work(const flashcore_attention &a, const wgmma_
   return true;
 }
 
-/* What a consumer warp has to know of tile `w` besides. group_row, warp_row: its first row and its group's within the tile. */
+/* The walk of a consumer warp, into shared memory at once: the planner has few registers. group_row, warp_row: first rows of its group and its own
+ * within the tile. */
 template <typename Tile>
-FLASHCORE_DEVICE void wgmma_find_rows(const flashcore_attention &a, const wgmma_schedule &plan, wgmma_work &w, int group_row, int warp_row) {
+FLASHCORE_DEVICE void wgmma_find_walk(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int group_row, int warp_row,
+                                      wgmma_walk &walk) {
+  walk.tile = w;
+  walk.row = w.row0 + warp_row;
+  walk.o = (a.cu_seqlens_q ? 0 : w.batch * a.o.stride_b) + (int64_t)(w.q_row + w.row0 + warp_row) * a.o.stride_s + w.head * a.o.stride_h;
+  walk.lse = ((int64_t)w.batch * a.heads_q + w.head) * a.seq_q + w.row0 + warp_row;
   const int end = max(w.begin + 1, wgmma_blocks<Tile>(a, plan, w, w.row0 + group_row, 64).last);
-  w.skip = w.end - end;
-  w.end = end;
+  walk.blocks = end - w.begin;
+  walk.skip = w.end - end;
+  walk.begin = w.begin;
+  walk.keys = plan.ragged ? min(w.len_kv - (end - 1) * Tile::kBlockKv, Tile::kBlockKv) : Tile::kBlockKv;
   flashcore_range all = {0, w.len_kv};
   if (plan.masked) {
     all.first = flashcore_visible_keys(&a, min(w.row0 + warp_row + 15, w.len_q - 1), w.len_q, w.len_kv).first;
     all.last = flashcore_visible_keys(&a, min(w.row0 + warp_row, w.len_q - 1), w.len_q, w.len_kv).last;
   }
-  w.inner_begin = (all.first + Tile::kBlockKv - 1) / Tile::kBlockKv;
-  w.inner_end = max(all.last, 0) / Tile::kBlockKv;
+  walk.first_edges = max(end - max(all.last, 0) / Tile::kBlockKv, 0);
+  walk.last_edges = max((all.first + Tile::kBlockKv - 1) / Tile::kBlockKv - w.begin, 0);
 }
 
 /* The block's next tile, which the producer and the planner find on their own; round: -1 to begin with. False: there is none. */
@@ -411,29 +503,31 @@ template <typename Tile> struct wgmma_barriers {
   }
 };
 
-/* Static shared memory: each consumer warp's part of tiles 0, 2, ... and of tiles 1, 3, ... */
-template <typename Tile> struct wgmma_shared { wgmma_work works[2][Tile::kConsumerWarps]; };
+/* Static shared memory: each consumer warp's walk through tiles 0, 2, ... and of tiles 1, 3, ... */
+template <typename Tile> struct wgmma_shared {
+  wgmma_walk walks[2][Tile::kConsumerWarps];
+  static_assert(Tile::kSharedBytes + sizeof walks <= 227 * 1024, "with the dynamic part, fits an SM");
+};
 
 /* ================================================================================================================================
- * 5  The producer
+ * 5  The producer and the planner
  * ================================================================================================================================ */
 
-/* Wait until a stage is free, then have TMA fill it: [kDims / 64][kRows][64].   callers  a warp, converged */
-template <int kDims, int kRows>
+/* Wait until a stage is free, then have TMA fill it: [kColumns / 64][kRows][64].   callers  a warp, converged */
+template <int kColumns, int kRows>
 FLASHCORE_DEVICE void wgmma_fill(uint32_t dst, const tensor_map &map, uint32_t full, uint32_t free, uint32_t parity, int row, int head, int batch) {
   mbarrier_wait(free, parity ^ 1u);
   if (threadIdx.x % 32 == 0) {
-    mbarrier_arrive_expect_tx(full, kDims * kRows * 2);
+    mbarrier_arrive_expect_tx(full, kColumns * kRows * 2);
 #pragma unroll
-    for (int d = 0; d < kDims; d += 64) tma_load(dst + d * kRows * 2, map, full, d, row, head, batch);
+    for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, map, full, d, row, head, batch);
   }
   __syncwarp();
 }
 
 /* All Q, K and V of the block's tiles.   callers  one warp, converged */
 template <typename Tile>
-FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const tensor_map &q_map, const tensor_map &k_map,
-                                    const tensor_map &v_map, uint32_t shared) {
+FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_maps &maps, uint32_t shared) {
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
   wgmma_ring<Tile::kQStages> q = {0, 0};
   wgmma_ring<Tile::kStages> kv = {0, 0}; /* K and V have barriers of their own, but go through the stages alike */
@@ -441,14 +535,14 @@ FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_sc
   for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w);) {
     const int q_batch = a.cu_seqlens_q ? 0 : w.batch, kv_batch = a.cu_seqlens_kv ? 0 : w.batch, kv_head = plan.group.quotient(w.head);
     for (int wg = 0; wg < Tile::kGroups; ++wg)
-      wgmma_fill<Tile::kHeadDimQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, q_map, barriers.q_full(q.stage, wg),
+      wgmma_fill<Tile::kColumnsQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, maps.q, barriers.q_full(q.stage, wg),
                                        barriers.q_free(q.stage, wg), q.parity, w.q_row + w.row0 + 64 * wg, w.head, q_batch);
     q = q.next();
     for (int j = w.end - 1; j >= w.begin; --j) {
       const int row = w.kv_row + j * Tile::kBlockKv;
-      wgmma_fill<Tile::kHeadDimQk, Tile::kBlockKv>(shared + Tile::kOffsetK + kv.stage * Tile::kBytesK, k_map, barriers.k_full(kv.stage),
+      wgmma_fill<Tile::kColumnsQk, Tile::kBlockKv>(shared + Tile::kOffsetK + kv.stage * Tile::kBytesK, maps.k, barriers.k_full(kv.stage),
                                                    barriers.k_free(kv.stage), kv.parity, row, kv_head, kv_batch);
-      wgmma_fill<Tile::kHeadDimV, Tile::kBlockKv>(shared + Tile::kOffsetV + kv.stage * Tile::kBytesV, v_map, barriers.v_full(kv.stage),
+      wgmma_fill<Tile::kColumnsV, Tile::kBlockKv>(shared + Tile::kOffsetV + kv.stage * Tile::kBytesV, maps.v, barriers.v_full(kv.stage),
                                                   barriers.v_free(kv.stage), kv.parity, row, kv_head, kv_batch);
       kv = kv.next();
     }
@@ -466,11 +560,11 @@ FLASHCORE_DEVICE void wgmma_plan_tiles(const flashcore_attention &a, const wgmma
   for (int tile = 0; more; ++tile) {
     wgmma_work w;
     more = wgmma_next_tile<Tile>(round, a, plan, w);
-    if (more) wgmma_find_rows<Tile>(a, plan, w, row_in_tile / 64 * 64, row_in_tile);
-    else w.end = 0;
     mbarrier_wait(barriers.work_free(tile), (tile / 2 & 1) ^ 1);
     if (lane < Tile::kConsumerWarps) {
-      block.works[tile % 2][lane] = w;
+      wgmma_walk &walk = block.walks[tile % 2][lane];
+      if (more) wgmma_find_walk<Tile>(a, plan, w, row_in_tile / 64 * 64, row_in_tile, walk);
+      else walk.blocks = 0;
       mbarrier_arrive(barriers.work_full(tile));
     }
     __syncwarp();
@@ -482,19 +576,22 @@ FLASHCORE_DEVICE void wgmma_plan_tiles(const flashcore_attention &a, const wgmma
  * ================================================================================================================================ */
 
 /* What a warp keeps in registers: its 16 rows of O, of S and of P, their softmax state, its place in the rings. One object per thread. */
-template <typename Tile> struct wgmma_warp {
+template <typename Tile, typename Rule, typename Prologue, typename Epilogue> struct wgmma_warp {
   using T = typename Tile::T;
   using tile_row = swizzled_tile<128>;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
    * that count are normal in f16. Up to 2^kLimit no term overflows. */
   static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
-  static constexpr int kWaryBlocks = 32; /* so many blocks after a sum was too large, maxima are looked at first */
+  static constexpr float kHeadroomWary = 7.f;                                 /* where a reference had to move, and may have to again */
+  static constexpr float kLargeReference = 16384.f;                           /* its last bit is 2^-10: more than the rounding of a term to f16 */
+  static constexpr int kWaryBlocks = 8; /* so many blocks after a sum was too large, maxima are looked at first */
 
-  static constexpr int kParts = kDepthQk > 8 ? 2 : 1; /* of the sum along a row of Q */
+  static constexpr bool kTrustsSums = Tile::kTrustsSums && !Rule::kActive;
 
   float o[kTilesO][4], s[kTilesS][4]; /* accumulators; o is times l */
-  float s_rest[kParts == 2 ? kTilesS : 1][4];
+  uint32_t q[Tile::kQHeld ? kDepthQk : 1][4];
+  float s_rest[Tile::kParts == 2 ? kTilesS : 1][4];
   uint32_t p[kBlockKv / 16][4];    /* the A operand of P V */
   float m[2];                      /* reference of rows g, g + 8: log2 units */
   float l[2];                      /* this lane's part of the row sum */
@@ -506,11 +603,15 @@ template <typename Tile> struct wgmma_warp {
   wgmma_ring<Tile::kStages> at;    /* the block whose P is in p; its K was used, its V comes next */
   uint32_t shared;
   wgmma_shared<Tile> &block;
+  const Rule &rule;
+  const Prologue &prologue;
+  const Epilogue &epilogue;
 
   /* WHY: the group's number through a shuffle: the compiler then sees that it is uniform, and so are all addresses made of it. */
-  __forceinline__ __device__ wgmma_warp(wgmma_shared<Tile> &block_, uint32_t shared_)
-      : wary(0), q_at{Tile::kQStages - 1, 1}, at{Tile::kStages - 1, 1}, wg(warp_uniform((int)threadIdx.x / 128 - 1)), shared(shared_), block(block_) {
-  }
+  __forceinline__ __device__ wgmma_warp(wgmma_shared<Tile> &block_, uint32_t shared_, const Rule &rule_, const Prologue &prologue_,
+                                        const Epilogue &epilogue_)
+      : wary(0), q_at{Tile::kQStages - 1, 1}, at{Tile::kStages - 1, 1}, wg(warp_uniform((int)threadIdx.x / 128 - 1)), shared(shared_), block(block_),
+        rule(rule_), prologue(prologue_), epilogue(epilogue_) {}
 
   static __forceinline__ __device__ int lane() { return threadIdx.x & 31; }
   static __forceinline__ __device__ int warp_row0() { return (int)threadIdx.x / 32 % 4 * 16; } /* within the group */
@@ -535,13 +636,24 @@ template <typename Tile> struct wgmma_warp {
     if (lane() == 0) mbarrier_arrive(barriers().q_free(q_at.stage, wg));
   }
 
-  /* The next tile: its Q, at q_address(); K of its first block, which `at` + 1 + w.skip will be.
+  /* The next tile: its Q, at q_address(); K of its first block, which `at` + 1 + skip will be.
    * Blocks that the group has no use for must have landed before they are released: the release belongs to that phase. */
-  __forceinline__ __device__ ring start_tile(const wgmma_work &w) {
+  __forceinline__ __device__ ring start_tile(const flashcore_attention &a, const wgmma_work &w, int skip) {
     q_at = q_at.next();
     mbarrier_wait(barriers().q_full(q_at.stage, wg), q_at.parity);
+    if constexpr (Prologue::kActive) {
+      const int row = w.row0 + 64 * wg;
+      const int64_t offset = (a.cu_seqlens_q ? 0 : w.batch * a.q.stride_b) + (int64_t)(w.q_row + row) * a.q.stride_s + w.head * a.q.stride_h;
+      prologue(a, wgmma_q_rows<T>{w.batch, w.head, row, max(0, min(w.len_q - row, 64)), offset, q_address()});
+      fence_proxy_async();
+      warpgroup_sync(wg);
+    }
+    if constexpr (Tile::kQHeld) {
+#pragma unroll
+      for (int k = 0; k < kDepthQk; ++k) q_fragment(q[k], k);
+    }
     ring r = at.next();
-    for (int skip = warp_uniform(w.skip); skip > 0; --skip, r = r.next()) {
+    for (; skip > 0; --skip, r = r.next()) {
       wait_k(r);
       release_k(r);
     }
@@ -557,17 +669,17 @@ template <typename Tile> struct wgmma_warp {
 
   /* ---- the two products ---- */
 
-  /* s = Q K^T of a block: issued, one group.   [64][kBlockKv] f32 per warpgroup
-   * Long rows are added up in two parts: an f32 accumulator loses a little with each product, and large logits would show it. */
+  /* s = Q K^T of a block: issued, one group.   [64][kBlockKv] f32 per warpgroup */
   __forceinline__ __device__ void gemm_qk(ring r) {
     const uint64_t q_tile = wgmma_descriptor(q_address(), 0), k_tile = wgmma_descriptor(k_address(r), 0);
     wgmma_pin(s);
-    if constexpr (kParts == 2) wgmma_pin(s_rest);
+    if constexpr (Tile::kParts == 2) wgmma_pin(s_rest);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kDepthQk; ++k) {
       const uint64_t q_step = q_tile + ((k / 4 * 64 * 128 + k % 4 * 32) >> 4), k_step = k_tile + ((k / 4 * kBlockKv * 128 + k % 4 * 32) >> 4);
-      if constexpr (kParts == 2) wgmma<T, kBlockKv>::ss(k % 2 ? s_rest : s, q_step, k_step, k > 1);
+      if constexpr (Tile::kParts == 2) wgmma<T, kBlockKv>::ss(k % 2 ? s_rest : s, q_step, k_step, k > 1);
+      else if constexpr (Tile::kQHeld) wgmma<T, kBlockKv>::template rs<0>(s, q[k], k_step, k > 0);
       else wgmma<T, kBlockKv>::ss(s, q_step, k_step, k > 0);
     }
     wgmma_commit();
@@ -575,7 +687,7 @@ template <typename Tile> struct wgmma_warp {
   /* After the wait for gemm_qk: s may be read. */
   __forceinline__ __device__ void take_s() {
     wgmma_pin(s);
-    if constexpr (kParts == 2) {
+    if constexpr (Tile::kParts == 2) {
       wgmma_pin(s_rest);
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
@@ -589,7 +701,7 @@ template <typename Tile> struct wgmma_warp {
     wgmma_pin(o);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<T, Tile::kHeadDimV>::rs(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
+    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<T, Tile::kHeadDimV>::template rs<1>(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
     wgmma_commit();
   }
   /* Fragment k of the warp's Q from shared memory. */
@@ -603,7 +715,10 @@ template <typename Tile> struct wgmma_warp {
 #pragma unroll
     for (int k = 0; k < kDepthQk; ++k) {
       uint32_t fq[4];
-      q_fragment(fq, k);
+      if constexpr (Tile::kQHeld) {
+#pragma unroll
+        for (int x = 0; x < 4; ++x) fq[x] = q[k][x];
+      } else q_fragment(fq, k);
       const uint32_t k_tile = k_address(r) + k / 4 * kBlockKv * 128;
 #pragma unroll
       for (int n = 0; n < kTilesS; n += 2) {
@@ -618,8 +733,8 @@ template <typename Tile> struct wgmma_warp {
    *   WHY: each group does it for itself. That another writes the same zeros at the same time does no harm. */
   __forceinline__ __device__ void zero_tail(int keys) {
     wait_v(at);
-    for (int i = (int)threadIdx.x % 128; i < (kBlockKv - keys) * (Tile::kHeadDimV / 8); i += 128) {
-      const int row = keys + i / (Tile::kHeadDimV / 8), chunk = i % (Tile::kHeadDimV / 8);
+    for (int i = (int)threadIdx.x % 128; i < (kBlockKv - keys) * (Tile::kColumnsV / 8); i += 128) {
+      const int row = keys + i / (Tile::kColumnsV / 8), chunk = i % (Tile::kColumnsV / 8);
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_address(at) + chunk / 8 * kBlockKv * 128 + row * 128 + chunk % 8 * 16), "r"(0)
                    : "memory");
     }
@@ -629,12 +744,32 @@ template <typename Tile> struct wgmma_warp {
 
   /* ---- scores to probabilities ---- */
 
-  /* Edge blocks only: -inf where a row does not see a key. */
-  __forceinline__ __device__ void mask(const flashcore_attention &a, const wgmma_work &w, int j) {
+  /* Row of the sequence of accumulator half h (rows g, g + 8). */
+  static __forceinline__ __device__ int row_of(const wgmma_walk &w, int h) { return w.row + lane() / 4 + 8 * h; }
+
+  /* The score rule on every element: raw products become logits in log2 units (scale_log2 is 1 from then on). Rows past the end count as the last,
+   * keys too: they are masked later, but a rule may read memory. */
+  __forceinline__ __device__ void apply_rule(const flashcore_attention &a, const wgmma_walk &w, int j) {
+    const wgmma_work &tile = w.tile;
+    if (tile.len_kv == 0) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h;
-      const flashcore_range r = flashcore_visible_keys(&a, min(row, w.len_q - 1), w.len_q, w.len_kv);
+      score_position at = {tile.batch, tile.head, min(row_of(w, h), tile.len_q - 1), 0, tile.len_q, tile.len_kv};
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          at.key = min(j * kBlockKv + n * 8 + 2 * (lane() % 4) + x, tile.len_kv - 1);
+          s[n][2 * h + x] = softmax_log2_units(rule(a, s[n][2 * h + x] * a.scale, at));
+        }
+    }
+  }
+  /* Edge blocks only: -inf where a row does not see a key. */
+  __forceinline__ __device__ void mask(const flashcore_attention &a, const wgmma_walk &w, int j) {
+    const wgmma_work &tile = w.tile;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const flashcore_range r = flashcore_visible_keys(&a, min(row_of(w, h), tile.len_q - 1), tile.len_q, tile.len_kv);
       const int base = j * kBlockKv + 2 * (lane() % 4), begin = r.first - base, end = r.last - base;
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
@@ -650,7 +785,7 @@ template <typename Tile> struct wgmma_warp {
     for (int n = 1; n < kTilesS; ++n) x0 = fmaxf(x0, s[n][2 * h]), x1 = fmaxf(x1, s[n][2 * h + 1]);
     return fmaxf(x0, x1);
   }
-  /* Where a term would be larger than 2^kLimit, move the reference of every row up to its maximum and kHeadroom; l follows, o by `factor`.
+  /* Where a term would be larger than 2^kLimit, move the reference of every row up to its maximum and kHeadroomWary; l follows, o by `factor`.
    *   returns  whether it moved
    *   callers  all 32 lanes, converged */
   __forceinline__ __device__ bool look(float scale_log2) {
@@ -659,47 +794,77 @@ template <typename Tile> struct wgmma_warp {
     if (__all_sync(0xffffffffu, fits)) return false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float higher = fmaxf(m[h], softmax_reference(quad_max(top[h]), scale_log2) + kHeadroom);
+      const float higher = fmaxf(m[h], softmax_reference(quad_max(top[h]), scale_log2) + kHeadroomWary);
       factor[h] = ex2(m[h] - higher);
       m[h] = higher;
       l[h] *= factor[h];
     }
     return true;
   }
-  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums.
-   *   kLarge: a reference is so large that its last bit weighs: terms are capped, and l counts what O gets: a row of one key is that key's V */
-  template <bool kLarge> __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
+  /* s holds terms, of which some are larger than 2^kLimit. They are still f32: the reference moves up to the largest, and they with it.
+   *   returns  false, with nothing changed, where a term has overflowed, or a reference is so large that its last bit weighs
+   *   callers  all 32 lanes, converged */
+  __forceinline__ __device__ bool follow(float (&sum)[2]) {
+    const bool overflowed = !(sum[0] + sum[1] < 0x1p100f); /* factor must not vanish; so is NaN */
+    if (__any_sync(0xffffffffu, overflowed) || has_unusual_reference()) return false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      const float higher = fmaxf(m[h], m[h] + softmax_log2(quad_max(lane_max(h))) + kHeadroomWary);
+      factor[h] = ex2(m[h] - higher);
+      m[h] = higher;
+      l[h] *= factor[h];
+      sum[h] *= factor[h];
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n) s[n][2 * h] *= factor[h], s[n][2 * h + 1] *= factor[h];
+    }
+    return true;
+  }
+  /* Of some row: beyond kLargeReference, or none yet. */
+  __forceinline__ __device__ bool has_unusual_reference() const {
+    return __any_sync(0xffffffffu, fabsf(m[0]) > kLargeReference || fabsf(m[1]) > kLargeReference);
+  }
+  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums.
+   *   kUnusual: a reference may be so large that its last bit weighs: that row's terms are capped, and l counts what O gets: one key gives its V */
+  template <bool kUnusual> __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool large = kUnusual && fabsf(m[h]) > kLargeReference && m[h] > FLASHCORE_EMPTY_MAX;
       float part[2] = {0.f, 0.f};
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-          const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(kLarge && y > kLimit ? kLimit : y); /* NaN stays */
+          const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(large && y > kLimit ? kLimit : y); /* NaN stays */
           s[n][2 * h + x] = e;
-          part[x] += kLarge ? element<T>::load(element<T>::store(e)) : e;
+          part[x] += large ? element<T>::load(element<T>::store(e)) : e;
         }
       sum[h] = part[0] + part[1];
     }
   }
-  /* s of block j becomes probabilities, with a look at the maxima first; sum as above.   returns  whether the reference moved */
-  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_work &w, int j, float (&sum)[2], float scale_log2) {
-    if (j < w.inner_begin || j >= w.inner_end) mask(a, w, j);
-    const bool moved = look(scale_log2);
-    const bool large =
-        __any_sync(0xffffffffu, (fabsf(m[0]) > 16384.f && m[0] > FLASHCORE_EMPTY_MAX) || (fabsf(m[1]) > 16384.f && m[1] > FLASHCORE_EMPTY_MAX));
-    if (large) exponentiate<true>(sum, scale_log2);
-    else exponentiate<false>(sum, scale_log2);
+  /* Scores to probabilities with the reference as it is, whatever it is. */
+  __forceinline__ __device__ void exponentiate_any(float (&sum)[2], float scale_log2) {
+    if (!has_unusual_reference()) return exponentiate<false>(sum, scale_log2);
+    exponentiate<true>(sum, scale_log2);
     /* Rows without a key so far have no reference that the next block could do without a look. */
     if (wary == 0 && !__all_sync(0xffffffffu, m[0] > FLASHCORE_EMPTY_MAX && m[1] > FLASHCORE_EMPTY_MAX)) wary = 1;
+  }
+  /* s of block j becomes probabilities, with a look at the maxima first; sum as above.   returns  whether the reference moved */
+  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_walk &w, int j, bool edge, float (&sum)[2],
+                                                        float scale_log2) {
+    if constexpr (Rule::kActive) apply_rule(a, w, j);
+    if (edge) mask(a, w, j);
+    const bool moved = look(scale_log2);
+    exponentiate_any(sum, scale_log2);
     return moved;
   }
   /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
-  __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w) {
-    m[0] = m[1] = FLASHCORE_EMPTY_MAX;
-    l[0] = l[1] = 0.f;
-    look_and_exponentiate(a, w, w.end - 1, l, plan.scale_log2);
+  __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int blocks, bool edge) {
+    if constexpr (Rule::kActive) apply_rule(a, w, w.begin + blocks - 1);
+    if (edge) mask(a, w, w.begin + blocks - 1);
+    const float top[2] = {quad_max(lane_max(0)), quad_max(lane_max(1))};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) m[h] = fmaxf(softmax_reference(top[h], plan.scale_log2) + kHeadroom, FLASHCORE_EMPTY_MAX);
+    exponentiate_any(l, plan.scale_log2);
   }
   /* p from s. WHY: the pin keeps the roundings behind the wait before it: ahead of it they need registers beside those that P V still reads. */
   __forceinline__ __device__ void pack_p() {
@@ -715,20 +880,30 @@ template <typename Tile> struct wgmma_warp {
   /* The last product of a tile, while the first scores of the next are computed: both in flight together, or one after the other.
    *   ending, starting   whether there is a tile to end, and one to start. WHY: the products are issued in any case, of stale data where there is
    *                      none: a branch around them would make ptxas serialise every wgmma of the kernel */
-  __forceinline__ __device__ void change_tiles(const flashcore_attention &a, const wgmma_schedule &plan, bool ending, const wgmma_work &last,
-                                               bool accumulate, bool starting, const wgmma_work &next) {
+  __forceinline__ __device__ void change_tiles(const flashcore_attention &a, const wgmma_schedule &plan, bool ending, const wgmma_walk &last,
+                                               bool accumulate, bool starting, const wgmma_walk &next, int blocks, int skip, bool edge) {
+    /* WHY: a prologue takes as long as a block; the tensor cores have the last product to do meanwhile. */
+    constexpr bool kPvFirst = Tile::kOverlapsTiles && Prologue::kActive;
     ring first = at;
-    if (Tile::kOverlapsTiles) {
-      if (starting) first = start_tile(next);
-      gemm_qk(first);
+    if (kPvFirst) {
+      if (ending) wait_v(at);
+      gemm_pv(accumulate);
     }
-    if (ending) wait_v(at);
-    gemm_pv(accumulate);
+    if (Tile::kOverlapsTiles) {
+      if (starting) first = start_tile(a, next.tile, skip);
+      gemm_qk(first);
+      /* WHY not sooner: the product waits until the fragments have come. An arrival does not, and TMA would overtake a late ldmatrix. */
+      if (Tile::kQHeld && starting) release_q();
+    }
+    if (!kPvFirst) {
+      if (ending) wait_v(at);
+      gemm_pv(accumulate);
+    }
     if (ending) finish(a, last);
     if (Tile::kOverlapsTiles) {
-      wgmma_wait<1>();
+      wgmma_wait<kPvFirst ? 0 : 1>();
       take_s();
-      if (starting) first_block(a, plan, next);
+      if (starting) first_block(a, plan, next, blocks, edge);
     }
     wgmma_wait<0>();
     wgmma_pin(o);
@@ -737,15 +912,15 @@ template <typename Tile> struct wgmma_warp {
       store(a, last);
     }
     if (!Tile::kOverlapsTiles) {
-      if (starting) first = start_tile(next);
+      if (starting) first = start_tile(a, next.tile, skip);
       gemm_qk(first);
       wgmma_wait<0>();
       take_s();
-      if (starting) first_block(a, plan, next);
+      if (starting) first_block(a, plan, next, blocks, edge);
     }
     if (starting) {
       release_k(first);
-      skip_v(warp_uniform(next.skip));
+      skip_v(skip);
     }
     at = first;
   }
@@ -755,22 +930,20 @@ template <typename Tile> struct wgmma_warp {
     const float scale_log2 = plan.scale_log2;
     bool accumulate = false;
     for (int tile = 0;; ++tile) {
-      const wgmma_work &w = block.works[tile % 2][threadIdx.x / 32 - 4], &before = block.works[(tile + 1) % 2][threadIdx.x / 32 - 4];
+      const wgmma_walk &w = block.walks[tile % 2][threadIdx.x / 32 - 4], &before = block.walks[(tile + 1) % 2][threadIdx.x / 32 - 4];
       mbarrier_wait(barriers().work_full(tile), tile / 2 & 1);
-      const bool more = warp_uniform(w.end) > 0;
-      change_tiles(a, plan, tile > 0, before, accumulate, more, w);
-      if (!more) return;
+      const int blocks = warp_uniform(w.blocks), skip = warp_uniform(w.skip), first_edges = warp_uniform(w.first_edges);
+      const int last_edges = warp_uniform(w.last_edges), keys = warp_uniform(w.keys);
+      change_tiles(a, plan, tile > 0, before, accumulate, blocks > 0, w, blocks, skip, first_edges > 0 || blocks <= last_edges);
+      if (blocks == 0) return;
       __syncwarp();
       if (tile > 0 && lane() == 0) mbarrier_arrive(barriers().work_free(tile + 1));
-      const int past = plan.ragged ? warp_uniform(w.end * kBlockKv - w.len_kv) : 0;
-      if (past > 0) zero_tail(kBlockKv - past);
+      if (keys < kBlockKv) zero_tail(keys);
       pack_p();
 
-      /* Blocks that some row does not see in full need a look: the first, as long as they lie beyond inner_end, and the last `edge`. */
-      wary = max(wary, warp_uniform(w.end - 1 - w.inner_end));
-      const int edge = warp_uniform(max(w.inner_begin - w.begin, 0));
+      wary = max(wary, first_edges - 1); /* a block that some row does not see in full needs a look */
       accumulate = false;
-      for (int left = warp_uniform(w.end - 1 - w.begin); left > 0; --left) { /* blocks: the next is begin + left - 1 */
+      for (int left = blocks - 1; left > 0; --left) { /* blocks: the next is begin + left - 1 */
         const ring next = at.next();
         wait_k(next);
         gemm_qk(next);
@@ -781,20 +954,24 @@ template <typename Tile> struct wgmma_warp {
         take_s();
         float sum[2];
         bool moved = false;
-        const bool blind = Tile::kTrustsSums && wary == 0 && left > edge;
+        const bool blind = kTrustsSums && wary == 0 && left > last_edges;
+        const bool edge = left <= last_edges || blocks - left < first_edges;
         if (blind) exponentiate<false>(sum, scale_log2);
-        if (!Tile::kTrustsSums) {
+        if (!kTrustsSums) {
           release_k(next);
-          moved = look_and_exponentiate(a, w, w.begin + left - 1, sum, scale_log2);
+          moved = look_and_exponentiate(a, w, w.begin + left - 1, edge, sum, scale_log2);
         }
         wgmma_wait<0>();
         wgmma_pin(o);
         release_v(at);
-        if (Tile::kTrustsSums) {
+        if (kTrustsSums) {
           if (!blind || !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
-            if (blind) gemm_qk_again(next);
-            wary = blind ? kWaryBlocks : max(wary - 1, 0);
-            moved = look_and_exponentiate(a, w, w.begin + left - 1, sum, scale_log2);
+            moved = blind && follow(sum);
+            if (!moved) {
+              if (blind) gemm_qk_again(next);
+              wary = blind ? kWaryBlocks : max(wary - 1, 0);
+              moved = look_and_exponentiate(a, w, w.begin + left - 1, edge, sum, scale_log2);
+            }
           }
           __syncwarp();
           release_k(next);
@@ -805,7 +982,7 @@ template <typename Tile> struct wgmma_warp {
         pack_p();
         at = next;
       }
-      release_q();
+      if (!Tile::kQHeld) release_q();
     }
   }
   __forceinline__ __device__ void rescale() {
@@ -819,33 +996,54 @@ template <typename Tile> struct wgmma_warp {
   /* ---- the end of a tile ---- */
 
   /* Row sums over the quad, sink, LSE; `inverse`. */
-  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_work &w) {
-    const float sink = a.sink ? a.sink[w.head] : 0.f;
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_walk &w) {
+    const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])}, sink = a.sink ? a.sink[w.tile.head] : 0.f;
+    float lse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      inverse[h] = softmax_finish({sum[h] == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum[h]}, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]);
+    float *const dst = a.lse + w.lse + lane() / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (a.lse && lane() % 4 == 0 && row_of(w, h) < w.tile.len_q) dst[8 * h] = lse[h];
+  }
+  /* O of live rows and dims. The lanes of a quad trade words, so that each has 8 dims in a row: of four column tiles, lane t gets tile t. */
+  __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_walk &w) {
+    const int column = lane() % 4 * 8, rows = w.tile.len_q - w.row - lane() / 4; /* to come, this lane's first included */
+    const int64_t offset = w.o + lane() / 4 * a.o.stride_s + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sum = quad_sum(l[h]);
-      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h;
-      float lse;
-      inverse[h] = softmax_finish({sum == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum}, a.sink != nullptr, sink, a.lse_base2 != 0, lse);
-      if (a.lse && lane() % 4 == 0 && row < w.len_q) a.lse[((int64_t)w.batch * a.heads_q + w.head) * a.seq_q + row] = lse;
+      const int64_t row = offset + 8 * h * a.o.stride_s;
+      if constexpr (Epilogue::kActive) {
+        float x[kTilesO / 4][8];
+#pragma unroll
+        for (int i = 0; i < kTilesO / 4; ++i) quad_gather(x[i], 4 * i, h);
+        if (8 * h < rows) epilogue(a, x, wgmma_output{w.tile.batch, w.tile.head, row_of(w, h), column, row});
+      } else {
+        T *const dst = static_cast<T *>(a.o.data) + row;
+        const int dims = 8 * h < rows ? a.dim_v - column : 0;
+#pragma unroll
+        for (int n = 0; n < kTilesO; n += 4) {
+          uint32_t x[4];
+#pragma unroll
+          for (int t = 0; t < 4; ++t) x[t] = pack2<T>(o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
+          quad_transpose(x);
+          /* WHY __stcs: a plain store of 16 bytes was compiled to four of 4, and O is not read again soon. */
+          if (n * 8 < dims) __stcs(reinterpret_cast<uint4 *>(dst + n * 8), make_uint4(x[0], x[1], x[2], x[3]));
+        }
+      }
     }
   }
-  /* O of live rows and dims. The lanes of a quad trade words, so that each has a chunk of 16 bytes: of four column tiles, lane t gets tile t. */
-  __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_work &w) {
-    const int column = lane() % 4 * 8;
-    const int64_t batch = a.cu_seqlens_q ? 0 : w.batch * a.o.stride_b;
+  /* x: the result's 8 dims of column tile n + t, in lane t of a quad. */
+  __forceinline__ __device__ void quad_gather(float (&x)[8], int n, int h) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = w.row0 + 64 * wg + warp_row0() + lane() / 4 + 8 * h, dims = row < w.len_q ? a.dim_v - column : 0;
-      T *const dst = static_cast<T *>(a.o.data) + batch + (w.q_row + row) * a.o.stride_s + w.head * a.o.stride_h + column;
+    for (int i = 0; i < 2; ++i) {
+      uint32_t words[4];
 #pragma unroll
-      for (int n = 0; n < kTilesO; n += 4) {
-        uint32_t x[4];
+      for (int t = 0; t < 4; ++t) words[t] = __float_as_uint(o[n + t][2 * h + i] * inverse[h]);
+      quad_transpose(words);
 #pragma unroll
-        for (int t = 0; t < 4; ++t) x[t] = pack2<T>(o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
-        quad_transpose(x);
-        if (n * 8 < dims) *reinterpret_cast<uint4 *>(dst + n * 8) = make_uint4(x[0], x[1], x[2], x[3]);
-      }
+      for (int t = 0; t < 4; ++t) x[2 * t + i] = __uint_as_float(words[t]);
     }
   }
 };
@@ -856,12 +1054,13 @@ template <typename Tile> struct wgmma_warp {
  * 7  Kernel
  * ================================================================================================================================ */
 
-/* O = softmax(Q K^T) V.
- *   callers  one-dimensional grid of at most plan.total blocks, Tile::kThreads threads, Tile::kSharedBytes of dynamic shared memory */
-template <typename Tile>
+/* O = epilogue(softmax(rule(prologue(Q) K^T)) V).
+ *   callers  a one-dimensional grid of as many blocks as the plan was made for, at most one per SM; Tile::kThreads threads, Tile::kSharedBytes of
+ *            dynamic shared memory. wgmma_launch does it */
+template <typename Tile, typename Rule, typename Prologue = no_prologue, typename Epilogue = no_epilogue>
 FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
-    wgmma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan, const __grid_constant__ tensor_map q_map,
-                 const __grid_constant__ tensor_map k_map, const __grid_constant__ tensor_map v_map) {
+    wgmma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan, const __grid_constant__ wgmma_maps maps,
+                 const Rule rule, const Prologue prologue, const Epilogue epilogue) {
 #if FLASHCORE_HAS_SM90A
   extern __shared__ __align__(128) unsigned char flashcore_shared[];
   const uint32_t shared = (shared_address(flashcore_shared) + 1023) & ~1023u;
@@ -871,11 +1070,11 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
   const int warp_index = warp_uniform((int)threadIdx.x / 32); /* WHY: a branch that the compiler sees to be uniform leaves uniform registers usable */
   if (warp_index < 4) {
     setmaxnreg_dec<Tile::kProducerRegisters>();
-    if (warp_index == 0) wgmma_produce<Tile>(a, plan, q_map, k_map, v_map, shared);
+    if (warp_index == 0) wgmma_produce<Tile>(a, plan, maps, shared);
     else if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
   } else {
     setmaxnreg_inc<Tile::kConsumerRegisters>();
-    wgmma_warp<Tile> warp(block, shared);
+    wgmma_warp<Tile, Rule, Prologue, Epilogue> warp(block, shared, rule, prologue, epilogue);
     warp.consume(a, plan);
   }
 #else
@@ -883,36 +1082,100 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
 #endif
 }
 
+/* ================================================================================================================================
+ * 8  Tensor maps, and the launch of a kernel of your own
+ * ================================================================================================================================ */
+#if !defined(__CUDACC_RTC__)
+
+/* A tensor as TMA sees it: (dim, row, head, batch). */
+struct wgmma_view {
+  const char *field; /* of the descriptor */
+  flashcore_tensor tensor;
+  int64_t dim, rows, heads, batch;
+};
+struct wgmma_views {
+  wgmma_view q, k, v, o;
+};
+static inline wgmma_views wgmma_views_of(const flashcore_attention &a) {
+  const flashcore_extents e = flashcore_extents_of(&a);
+  return {{"q", a.q, a.dim_qk, e.rows_q, a.heads_q, e.batch_q},
+          {"k", a.k, a.dim_qk, e.rows_kv, a.heads_kv, e.batch_kv},
+          {"v", a.v, a.dim_v, e.rows_kv, a.heads_kv, e.batch_kv},
+          {"o", a.o, a.dim_v, e.rows_q, a.heads_q, e.batch_q}};
+}
+
+/* cuTensorMapEncodeTiled from the driver that is loaded; NULL where it has none. Looked for once. */
+static inline decltype(&cuTensorMapEncodeTiled) wgmma_encoder() {
+  static void *found = nullptr;
+  if (!found) {
+    cudaDriverEntryPointQueryResult result;
+    void *function = nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    if (code == cudaSuccess && result == cudaDriverEntryPointSuccess) found = function;
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+/* The map of a tensor, for boxes of 64 columns and `rows` rows. */
+static inline CUresult wgmma_encode(const wgmma_view &x, int32_t dtype, int rows, tensor_map &map) {
+  static_assert(sizeof(tensor_map) == sizeof(CUtensorMap), "the driver's type");
+  const auto encode = wgmma_encoder();
+  if (!encode) return CUDA_ERROR_NOT_FOUND;
+  const auto bytes = [](int64_t stride, int64_t extent) { return (cuuint64_t)(extent > 1 ? 2 * stride : 16); };
+  const cuuint64_t sizes[4] = {(cuuint64_t)x.dim, (cuuint64_t)x.rows, (cuuint64_t)x.heads, (cuuint64_t)x.batch};
+  const cuuint64_t strides[3] = {bytes(x.tensor.stride_s, x.rows), bytes(x.tensor.stride_h, x.heads), bytes(x.tensor.stride_b, x.batch)};
+  const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
+  return encode(reinterpret_cast<CUtensorMap *>(&map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+                x.tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+/* The maps of a problem (resolved) for tiles of block_kv keys.
+ *   errors   CUDA_ERROR_NOT_FOUND: the driver does not encode maps; CUDA_ERROR_INVALID_VALUE: TMA cannot read a tensor (see flashcore_supported) */
+static inline CUresult make_wgmma_maps(const flashcore_attention &a, int block_kv, wgmma_maps &maps) {
+  const wgmma_views views = wgmma_views_of(a);
+  CUresult code = wgmma_encode(views.q, a.dtype, 64, maps.q);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.k, a.dtype, block_kv, maps.k);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.v, a.dtype, block_kv, maps.v);
+  return code;
+}
+
+/* Launch a kernel of your own: wgmma_kernel with your rule, prologue and epilogue. Asynchronous.
+ *   a        as kernels expect it: scale set, window_left and window_right FLASHCORE_UNBOUNDED where there is no window
+ *   errors   cudaErrorInvalidValue: TMA cannot read Q, K or V (see flashcore_supported), or the driver is too old; else what CUDA says */
+template <typename Tile, typename Rule = no_rule, typename Prologue = no_prologue, typename Epilogue = no_epilogue>
+static inline cudaError_t wgmma_launch(const flashcore_attention &a, cudaStream_t stream, const Rule &rule = {}, const Prologue &prologue = {},
+                                       const Epilogue &epilogue = {}) {
+  const auto kernel = wgmma_kernel<Tile, Rule, Prologue, Epilogue>;
+  int device = 0, sms = 0;
+  wgmma_maps maps;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  if (make_wgmma_maps(a, Tile::kBlockKv, maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  const int64_t tiles = (int64_t)((a.seq_q + Tile::kBlockQ - 1) / Tile::kBlockQ) * a.heads_q * a.batch, blocks = tiles < sms ? tiles : sms;
+  const wgmma_schedule plan = make_wgmma_schedule(a, Tile::kBlockQ, Rule::kActive, blocks);
+  kernel<<<(unsigned)blocks, Tile::kThreads, Tile::kSharedBytes, stream>>>(a, plan, maps, rule, prologue, epilogue);
+  return cudaGetLastError();
+}
+#endif
+
 } // namespace v0_1_0
 } // namespace flashcore
 
 /* ================================================================================================================================
- * 8  Plan and launch
+ * 9  Plan and launch
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
-#include <cuda.h> /* types of cuTensorMapEncodeTiled; nothing of the driver's library is linked */
 
-/* A tensor as TMA sees it: (dim, row, head, batch). */
-typedef struct flashcore_wgmma_view {
-  const char *field; /* of the descriptor */
-  flashcore_tensor tensor;
-  int64_t dim, rows, heads, batch;
-} flashcore_wgmma_view;
-
-enum { FLASHCORE_WGMMA_Q, FLASHCORE_WGMMA_K, FLASHCORE_WGMMA_V, FLASHCORE_WGMMA_O };
-
-static flashcore_wgmma_view flashcore_wgmma_view_of(const flashcore_attention *a, int which) {
-  const flashcore_extents e = flashcore_extents_of(a);
-  switch (which) {
-  case FLASHCORE_WGMMA_K: return {"k", a->k, a->dim_qk, e.rows_kv, a->heads_kv, e.batch_kv};
-  case FLASHCORE_WGMMA_V: return {"v", a->v, a->dim_v, e.rows_kv, a->heads_kv, e.batch_kv};
-  case FLASHCORE_WGMMA_O: return {"o", a->o, a->dim_v, e.rows_q, a->heads_q, e.batch_q};
-  default: return {"q", a->q, a->dim_qk, e.rows_q, a->heads_q, e.batch_q};
-  }
-}
-
-/* 16-byte addresses, and for inputs strides that TMA knows: positive, less than 2^40 bytes. */
-static flashcore_status flashcore_wgmma_check_tensor(const flashcore_wgmma_view *x, bool is_input, flashcore_error *error) {
+/* 16-byte addresses, and for inputs strides that TMA knows: not negative, less than 2^40 bytes. */
+static flashcore_status flashcore_wgmma_check_tensor(const flashcore::wgmma_view *x, bool is_input, flashcore_error *error) {
   const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(x->tensor.data), limit = ((int64_t)1 << 39) - 8;
   if (address % 16)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, address, 16, "%s: the wgmma kernel needs a 16-byte aligned address",
@@ -926,9 +1189,9 @@ static flashcore_status flashcore_wgmma_check_tensor(const flashcore_wgmma_view 
     if (step.stride % 8)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, 8,
                               "%s.%s: the wgmma kernel needs a multiple of 8 elements, not %lld", x->field, step.name, (long long)step.stride);
-    if (is_input && (step.stride <= 0 || step.stride > limit))
+    if (is_input && (step.stride < 0 || step.stride > limit))
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, limit,
-                              "%s.%s: the wgmma kernel needs 1 to 2^39 - 8 elements, not %lld", x->field, step.name, (long long)step.stride);
+                              "%s.%s: the wgmma kernel needs 0 to 2^39 - 8 elements, not %lld", x->field, step.name, (long long)step.stride);
   }
   if (x->rows > INT32_MAX)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, x->rows, INT32_MAX, "%s: the wgmma kernel takes 2^31 - 1 rows, not %lld",
@@ -942,33 +1205,25 @@ static flashcore_status flashcore_wgmma_check(const flashcore_attention *a, cons
   if (device->arch != 90)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
                             "the wgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
-  const struct {
-    const char *field;
-    bool set;
-  } rules[] = {{"softcap", a->softcap > 0.f},
-               {"bias", a->bias != nullptr},
-               {"alibi_slopes", a->alibi_slopes != nullptr},
-               {"mask_bits", a->mask_bits != nullptr}};
-  for (const auto &rule : rules)
-    if (rule.set)
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, rule.field, 1, 0, "%s: the wgmma kernel has no score rules", rule.field);
   if (a->seq_kv == 0) return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1, "seq_kv: the wgmma kernel needs a key");
   const int32_t dims[2] = {a->dim_qk, a->dim_v};
   for (int i = 0; i < 2; ++i)
     if (dims[i] % 8 || dims[i] > 256)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], dims[i] % 8 ? 8 : 256,
                               "%s: the wgmma kernel serves multiples of 8 up to 256, not %d", i ? "dim_v" : "dim_qk", (int)dims[i]);
-  for (int i = FLASHCORE_WGMMA_Q; i <= FLASHCORE_WGMMA_O; ++i) {
-    const flashcore_wgmma_view view = flashcore_wgmma_view_of(a, i);
-    status = flashcore_wgmma_check_tensor(&view, i != FLASHCORE_WGMMA_O, error);
+  const flashcore::wgmma_views views = flashcore::wgmma_views_of(*a);
+  const flashcore::wgmma_view *inputs_and_o[4] = {&views.q, &views.k, &views.v, &views.o};
+  for (const flashcore::wgmma_view *view : inputs_and_o) {
+    status = flashcore_wgmma_check_tensor(view, view != &views.o, error);
     if (status != FLASHCORE_OK) return status;
   }
   return FLASHCORE_OK;
 }
 
 /* The instance a problem gets. */
-template <typename Tile> static void flashcore_wgmma_use(flashcore_plan *plan) {
-  plan->kernel = reinterpret_cast<const void *>(&flashcore::wgmma_kernel<Tile>);
+template <typename Tile, bool kGeneral = false> static void flashcore_wgmma_use(flashcore_plan *plan) {
+  if constexpr (kGeneral) plan->kernel = reinterpret_cast<const void *>(&flashcore::wgmma_kernel<Tile, flashcore::descriptor_rule>);
+  else plan->kernel = reinterpret_cast<const void *>(&flashcore::wgmma_kernel<Tile, flashcore::no_rule>);
   plan->d.block_q = Tile::kBlockQ;
   plan->d.block_kv = Tile::kBlockKv;
   plan->d.stages = Tile::kStages;
@@ -977,16 +1232,37 @@ template <typename Tile> static void flashcore_wgmma_use(flashcore_plan *plan) {
   plan->d.threads = Tile::kThreads;
   plan->d.shared_bytes = Tile::kSharedBytes;
 }
-template <typename T> static void flashcore_wgmma_select(const flashcore_attention *a, flashcore_plan *plan) {
+/* The tile for head dims (kQk, kV) among those in the table, as measured on the H200. A narrow tile takes 1.13 times as long for the same rows: it pays
+ * where its rounds of one tile per SM have less to spare. A long one pays from 2048 keys on, where causal grids are several rounds, and at dim 96. */
+template <typename T, int kQk, int kV>
+static void flashcore_wgmma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
   using namespace flashcore;
-  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
-  if (dim <= 64) {
-    if (a->causal == FLASHCORE_CAUSAL_NONE && a->seq_kv >= 8192) flashcore_wgmma_use<wgmma_tile_for<T, 64, 64, kLongTile>>(plan);
-    else flashcore_wgmma_use<wgmma_tile_for<T, 64, 64, kWideTile>>(plan);
-  } else if (dim <= 128) {
-    if (a->seq_kv > 1024) flashcore_wgmma_use<wgmma_tile_for<T, 128, 128, kLongTile>>(plan);
-    else flashcore_wgmma_use<wgmma_tile_for<T, 128, 128, kWideTile>>(plan);
-  } else flashcore_wgmma_use<wgmma_tile_for<T, 256, 256, kWideTile>>(plan);
+  using wide = wgmma_tile_for<T, kQk, kV, kWideTile>;
+  using narrow = wgmma_tile_for<T, kQk, kV, kNarrowTile>;
+  using longer = wgmma_tile_for<T, kQk, kV, kLongTile>;
+  using exact = wgmma_tile_for<T, kQk, kV, kExactTile>;
+  const int64_t units = (int64_t)a->heads_q * a->batch, sms = device->sm_count;
+  const auto tiles = [&](int64_t rows) { return (a->seq_q + rows - 1) / rows * units; };
+  const auto rows_per_sm = [&](int64_t rows) { return (tiles(rows) + sms - 1) / sms * rows; };
+  if (general) return flashcore_wgmma_use<wgmma_tile_for<T, kQk, kV, kGeneralTile>, true>(plan);
+  if constexpr (wgmma_has_tile<narrow>::value)
+    if (!a->causal && 100 * rows_per_sm(wide::kBlockQ) > 113 * rows_per_sm(narrow::kBlockQ)) return flashcore_wgmma_use<narrow>(plan);
+  if constexpr (wgmma_has_tile<longer>::value)
+    if (a->seq_kv >= 2048 && (kQk <= 96 || (a->causal && tiles(longer::kBlockQ) >= 6 * sms))) return flashcore_wgmma_use<longer>(plan);
+  if constexpr (wgmma_has_tile<exact>::value)
+    if (a->lse) return flashcore_wgmma_use<exact>(plan);
+  flashcore_wgmma_use<wide>(plan);
+}
+/* The smallest instance that holds both dims, at most 256. */
+template <typename T>
+static void flashcore_wgmma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  const int qk = a->dim_qk, v = a->dim_v, dim = qk > v ? qk : v;
+  if (dim <= 64) flashcore_wgmma_pick<T, 64, 64>(a, device, general, plan);
+  else if (dim <= 96) flashcore_wgmma_pick<T, 96, 96>(a, device, general, plan);
+  else if (dim <= 128) flashcore_wgmma_pick<T, 128, 128>(a, device, general, plan);
+  else if (qk <= 192 && v <= 128) flashcore_wgmma_pick<T, 192, 128>(a, device, general, plan);
+  else if (dim <= 192) flashcore_wgmma_pick<T, 192, 192>(a, device, general, plan);
+  else flashcore_wgmma_pick<T, 256, 256>(a, device, general, plan);
 }
 
 /* Does this file hold the kernel's body? Compiled for plain sm_90 it does not, which the list of archs does not tell; but then it has no shared
@@ -1000,11 +1276,12 @@ static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const
                                              flashcore_error *error) {
   const flashcore_status status = flashcore_wgmma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
+  const bool general = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_F16)
-  if (a->dtype == FLASHCORE_F16) flashcore_wgmma_select<__half>(a, plan);
+  if (a->dtype == FLASHCORE_F16) flashcore_wgmma_select<__half>(a, device, general, plan);
 #endif
 #if !defined(FLASHCORE_NO_BF16)
-  if (a->dtype == FLASHCORE_BF16) flashcore_wgmma_select<__nv_bfloat16>(a, plan);
+  if (a->dtype == FLASHCORE_BF16) flashcore_wgmma_select<__nv_bfloat16>(a, device, general, plan);
 #endif
   if (!plan->kernel)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the wgmma kernel was compiled without type %d",
@@ -1022,58 +1299,23 @@ static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const
   /* Measured on the H200 beside the mma kernel: few keys, tiles with few rows, or tiles for few of the SMs. */
   plan->is_slow = a->seq_kv < 256 || 2 * (int64_t)a->seq_q < d->block_q || 4 * heads * a->seq_q < 3 * (int64_t)device->sm_count * d->block_q;
   d->grid = tiles * heads < device->sm_count ? tiles * heads : device->sm_count;
-  snprintf(d->kernel, sizeof d->kernel, "wgmma %s d%d,%d q%d kv%d", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk,
-           (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv);
+  snprintf(d->kernel, sizeof d->kernel, "wgmma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk,
+           (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv, general ? " general" : "");
   return FLASHCORE_OK;
-}
-
-/* cuTensorMapEncodeTiled from the driver that is loaded; NULL where it has none. Looked for once. */
-static decltype(&cuTensorMapEncodeTiled) flashcore_wgmma_encoder() {
-  static void *found = nullptr;
-  if (!found) {
-    cudaDriverEntryPointQueryResult result;
-    void *function = nullptr;
-#if CUDART_VERSION >= 12050
-    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    if (code == cudaSuccess && result == cudaDriverEntryPointSuccess) found = function;
-  }
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-}
-
-/* The map of a tensor, for boxes of 64 columns and `rows` rows. */
-static flashcore_status flashcore_wgmma_encode(const flashcore_wgmma_view *x, int32_t dtype, int rows, flashcore::tensor_map *map,
-                                               flashcore_error *error) {
-  const auto encode = flashcore_wgmma_encoder();
-  if (!encode)
-    return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", 0, 0, "cuTensorMapEncodeTiled: the driver does not have it");
-  const auto bytes = [](int64_t stride, int64_t extent) { return (cuuint64_t)(extent > 1 ? 2 * stride : 16); };
-  const cuuint64_t sizes[4] = {(cuuint64_t)x->dim, (cuuint64_t)x->rows, (cuuint64_t)x->heads, (cuuint64_t)x->batch};
-  const cuuint64_t strides[3] = {bytes(x->tensor.stride_s, x->rows), bytes(x->tensor.stride_h, x->heads), bytes(x->tensor.stride_b, x->batch)};
-  const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult code =
-      encode(reinterpret_cast<CUtensorMap *>(map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             x->tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return code == CUDA_SUCCESS ? FLASHCORE_OK
-                              : flashcore_refuse(error, FLASHCORE_CUDA_ERROR, x->field, code, CUDA_SUCCESS,
-                                                 "%s: cuTensorMapEncodeTiled gives error %d", x->field, (int)code);
 }
 
 static flashcore_status flashcore_wgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                                flashcore_error *error) {
-  static_assert(sizeof(flashcore::tensor_map) == sizeof(CUtensorMap), "the driver's type");
   flashcore_attention args = *a;
-  flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.grid);
-  flashcore::tensor_map maps[3];
-  for (int i = FLASHCORE_WGMMA_Q; i <= FLASHCORE_WGMMA_V; ++i) {
-    const flashcore_wgmma_view view = flashcore_wgmma_view_of(a, i);
-    const flashcore_status status = flashcore_wgmma_encode(&view, a->dtype, i == FLASHCORE_WGMMA_Q ? 64 : plan->d.block_kv, &maps[i], error);
-    if (status != FLASHCORE_OK) return status;
-  }
-  void *kernel_args[5] = {&args, &schedule, &maps[FLASHCORE_WGMMA_Q], &maps[FLASHCORE_WGMMA_K], &maps[FLASHCORE_WGMMA_V]};
+  flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, flashcore_has_rule(a), plan->d.grid);
+  flashcore::wgmma_maps maps;
+  const CUresult code = flashcore::make_wgmma_maps(*a, plan->d.block_kv, maps);
+  if (code != CUDA_SUCCESS)
+    return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", code, CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", (int)code);
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  flashcore::no_prologue prologue;
+  flashcore::no_epilogue epilogue;
+  void *kernel_args[6] = {&args, &schedule, &maps, &rule, &prologue, &epilogue};
   return flashcore_launch(plan, kernel_args, stream, error);
 }
 

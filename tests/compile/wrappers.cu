@@ -66,7 +66,8 @@ static __device__ void keep_wgmma(const void **table, int &count) {
   keep(table, count, &fc::wgmma_wait<0>);
   keep(table, count, &fc::wgmma_pin<8>);
   keep(table, count, &fc::wgmma<__half, 64>::ss);
-  keep(table, count, &fc::wgmma<__nv_bfloat16, 128>::rs);
+  keep(table, count, &fc::wgmma<__nv_bfloat16, 128>::rs<0>);
+  keep(table, count, &fc::wgmma<__half, 96>::rs<1>);
 }
 #endif
 

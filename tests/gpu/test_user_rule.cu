@@ -1,8 +1,10 @@
-/* A rule of the user's own, in each kernel that takes one, gives what the oracle gives when the descriptor says the same.
+/* A rule of the user's own, in each kernel that takes one, gives what the oracle gives when the descriptor says the same; so do a prologue and an
+ * epilogue of the user's own that bring Q from, and O to, where the descriptor does not say.
  *
  * The oracle sees the whole descriptor. The kernel gets it without the part in question (bias or ALiBi), and a rule that does that part: so
  * batch, head, query, key and lengths that the rule is told must be right, and a rule must never be asked about a row or key that is not there
  * (the bias is poison beyond them). The file implements nothing of the library: kernels come from the headers, as in a user's file. */
+#include "flashcore_wgmma.cuh"
 #include "flashcore_wmma.cuh"
 #include "harness.cuh"
 
@@ -65,7 +67,7 @@ static int ceil_div(int x, int y) { return (x + y - 1) / y; }
 /* mma.sync, with packed heads where the queries are few, as the library's plan does it. */
 template <typename Tile> struct with_mma {
   static constexpr const char *kName = "mma";
-  static constexpr int kDim = Tile::kHeadDimQk, kType = fc::element<typename Tile::T>::kDtype, kMinArch = 80;
+  static constexpr int kDim = Tile::kHeadDimQk, kType = fc::element<typename Tile::T>::kDtype, kMinArch = 80, kMaxArch = 999;
   static constexpr bool kAnyAlignment = true;
 
   template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int align) {
@@ -77,9 +79,20 @@ template <typename Tile> struct with_mma {
   }
 };
 
+template <typename Tile> struct with_wgmma {
+  static constexpr const char *kName = "wgmma";
+  static constexpr int kDim = Tile::kHeadDimQk, kType = fc::element<typename Tile::T>::kDtype, kMinArch = 90, kMaxArch = 90;
+  static constexpr bool kAnyAlignment = false;
+
+  template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int) {
+    CUDA_OK(fc::wgmma_launch<Tile>(a, nullptr, rule));
+  }
+};
+
 template <typename Traits> struct with_wmma {
   static constexpr const char *kName = "wmma";
-  static constexpr int kDim = Traits::kHeadDim, kType = fc::element<typename Traits::T>::kDtype, kMinArch = kType == FLASHCORE_F16 ? 75 : 80;
+  static constexpr int kDim = Traits::kHeadDim, kType = fc::element<typename Traits::T>::kDtype, kMinArch = kType == FLASHCORE_F16 ? 75 : 80,
+                       kMaxArch = 999;
   static constexpr bool kAnyAlignment = false;
 
   template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int) {
@@ -91,7 +104,7 @@ template <typename Traits> struct with_wmma {
 
 template <typename T> struct with_simt {
   static constexpr const char *kName = "simt";
-  static constexpr int kDim = 80, kType = fc::element<T>::kDtype, kMinArch = 75;
+  static constexpr int kDim = 80, kType = fc::element<T>::kDtype, kMinArch = 75, kMaxArch = 999;
   static constexpr bool kAnyAlignment = true;
 
   template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int) {
@@ -138,7 +151,7 @@ template <typename Kernel, typename Rule> static std::string run(Problem &proble
 
 /* set: what makes the descriptor say what Rule does. */
 template <typename Kernel, typename Rule, typename Set> static void check(const char *name, Set set) {
-  if (device_arch() < Kernel::kMinArch) return;
+  if (device_arch() < Kernel::kMinArch || device_arch() > Kernel::kMaxArch) return;
   int count = 0, noticed = 0;
   std::string why;
   for (Case c : cases(Kernel::kType, Kernel::kDim, Kernel::kAnyAlignment)) {
@@ -164,6 +177,68 @@ template <typename Kernel> static void test_kernel() {
   check<Kernel, alibi_by_user>("users_rule_that_knows_lengths_equals_alibi", alibi);
 }
 
+/* ---- prologue and epilogue ------------------------------------------------------------------------------------------------------ */
+
+template <typename T> struct q_from_elsewhere {
+  static constexpr bool kActive = true;
+  flashcore_tensor q;
+  int *wrong;
+  __device__ void operator()(const flashcore_attention &a, const fc::wgmma_q_rows<T> &rows) const {
+    const int64_t first = a.cu_seqlens_q ? a.cu_seqlens_q[rows.batch] : 0, batch = a.cu_seqlens_q ? 0 : rows.batch;
+    const int64_t offset = batch * a.q.stride_b + (first + rows.query) * a.q.stride_s + rows.head * a.q.stride_h;
+    if (offset != rows.offset || rows.live < 0 || rows.live > 64) atomicAdd(wrong, 1);
+    for (int i = (int)threadIdx.x % 128; i < rows.live * (a.dim_qk / 8); i += 128) {
+      const int row = i / (a.dim_qk / 8), chunk = i % (a.dim_qk / 8);
+      const T *src = (const T *)q.data + batch * q.stride_b + (first + rows.query + row) * q.stride_s + rows.head * q.stride_h + chunk * 8;
+      *(uint4 *)rows.chunk(row, chunk) = *(const uint4 *)src;
+    }
+  }
+};
+template <typename T> struct o_to_elsewhere {
+  static constexpr bool kActive = true;
+  flashcore_tensor o;
+  int *wrong;
+  template <int kChunks> __device__ void operator()(const flashcore_attention &a, const float (&x)[kChunks][8], const fc::wgmma_output &at) const {
+    const int64_t first = a.cu_seqlens_q ? a.cu_seqlens_q[at.batch] * o.stride_s : at.batch * o.stride_b;
+    const int64_t offset = first + at.query * o.stride_s + at.head * o.stride_h + at.dim;
+    if (offset != at.offset) atomicAdd(wrong, 1);
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i)
+      for (int n = 0; n < 8 && at.dim + 32 * i < a.dim_v; ++n) ((T *)o.data)[offset + 32 * i + n] = fc::element<T>::store(x[i][n]);
+  }
+};
+
+template <typename Tile> static void test_prologue_and_epilogue() {
+  using T = typename Tile::T;
+  using kernel = with_wgmma<Tile>;
+  if (device_arch() != 90) return;
+  int *wrong, misplaced = 0;
+  CUDA_OK(cudaMalloc(&wrong, sizeof *wrong));
+  CUDA_OK(cudaMemset(wrong, 0, sizeof *wrong));
+  std::string why;
+  for (const Case &c : cases(kernel::kType, kernel::kDim, false)) {
+    if (c.softcap > 0) continue;
+    Problem problem(c);
+    flashcore_attention a = resolved(problem.a);
+    const flashcore_tensor q = a.q, o = a.o;
+    const size_t rows = a.cu_seqlens_q ? (size_t)a.total_q : (size_t)a.batch * a.seq_q, bytes = rows * a.heads_q * a.dim_qk * 2;
+    void *zeros;
+    CUDA_OK(cudaMalloc(&zeros, bytes));
+    CUDA_OK(cudaMemset(zeros, 0, bytes));
+    a.q = flashcore_bshd(zeros, a.seq_q, a.heads_q, a.dim_qk);
+    a.o.data = nullptr;
+    CUDA_OK(fc::wgmma_launch<Tile>(a, nullptr, fc::no_rule(), q_from_elsewhere<T>{q, wrong}, o_to_elsewhere<T>{o, wrong}));
+    const std::string bad = problem.judge();
+    if (!bad.empty() && why.empty()) why = bad + "\n     " + to_string(c);
+    CUDA_OK(cudaFree(zeros));
+  }
+  CUDA_OK(cudaMemcpy(&misplaced, wrong, sizeof misplaced, cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaFree(wrong));
+  const std::string name = format("wgmma.d%d_", kernel::kDim);
+  report().expect(name + "users_prologue_and_epilogue_bring_q_and_take_o", why.empty(), why);
+  report().expect(name + "hooks_are_told_the_offsets_of_q_and_o", misplaced == 0, format("%d calls with others", misplaced));
+}
+
 int main() {
   find_device();
   test_kernel<with_simt<float>>();
@@ -172,5 +247,10 @@ int main() {
   test_kernel<with_mma<fc::mma_tile_for<__half, 64, 64, fc::kNarrow>>>();
   test_kernel<with_mma<fc::mma_tile_for<__nv_bfloat16, 64, 64, fc::kWide>>>();
   test_kernel<with_mma<fc::mma_tile_for<__half, 128, 128, fc::kNarrow>>>();
+  test_kernel<with_wgmma<fc::wgmma_tile_for<__half, 64, 64, fc::kGeneralTile>>>();
+  test_kernel<with_wgmma<fc::wgmma_tile_for<__nv_bfloat16, 128, 128, fc::kWideTile>>>();
+  test_prologue_and_epilogue<fc::wgmma_tile_for<__half, 64, 64, fc::kWideTile>>();
+  test_prologue_and_epilogue<fc::wgmma_tile_for<__nv_bfloat16, 128, 128, fc::kLongTile>>();
+  test_prologue_and_epilogue<fc::wgmma_tile_for<__half, 256, 256, fc::kWideTile>>();
   return report().finish();
 }

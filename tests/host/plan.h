@@ -15,9 +15,9 @@ static flashcore_attention accepted(int32_t seq) {
   return a;
 }
 
-/* What flashcore_forward would answer on a GPU of that arch, with the SMs of an L4. */
+/* What flashcore_forward would answer on a GPU of that arch: an H200 if 90, else with the SMs of an L4. */
 static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {
-  const flashcore_device device = {0, arch, 58, 100 * 1024};
+  const flashcore_device device = {0, arch, arch == 90 ? 132 : 58, (arch == 90 ? 228 : 100) * 1024};
   const flashcore_backend_ops *ops;
   flashcore_attention resolved;
   const flashcore_status status = flashcore_validate(&a, error);

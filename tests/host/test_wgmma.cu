@@ -1,4 +1,5 @@
-/* Demonstrates who takes which tile of the wgmma kernel's persistent grid, and what the kernel refuses, in which words. Needs nvcc, no GPU.
+/* Demonstrates who takes which tile of the wgmma kernel's persistent grid, which tile that is, and what the kernel refuses, in which words. Needs nvcc,
+ * no GPU.
  *   nvcc -std=c++17 -arch=compute_90a -I<repository> tests/host/test_wgmma.cu */
 #define FLASHCORE_IMPLEMENTATION
 #define FLASHCORE_NO_F32 /* one element type compiles sooner */
@@ -13,7 +14,7 @@
 
 /* Every tile once; returns the most work of a block over the mean, in blocks of 64 keys and the start and end of a tile. */
 static double walk(const flashcore_attention &a, int block_q, int blocks) {
-  const flashcore::wgmma_schedule s = flashcore::make_wgmma_schedule(a, block_q, blocks);
+  const flashcore::wgmma_schedule s = flashcore::make_wgmma_schedule(a, block_q, false, blocks);
   const int tiles = (a.seq_q + block_q - 1) / block_q, units = a.batch * a.heads_q;
   std::vector<int> taken((size_t)tiles * units);
   double most = 0, sum = 0;
@@ -57,6 +58,24 @@ static void causal_blocks_have_about_the_same_work() { /* batch * seq = 16384, h
     }
 }
 
+static void rows_of_a_tile_fit_the_grid() {
+  const struct {
+    int batch, heads, seq, dim, causal, rows;
+  } cases[] = {
+      {32, 32, 512, 64, 0, 256},  {1, 96, 512, 64, 0, 128},   {1, 96, 512, 64, 1, 256},   {4, 16, 512, 64, 0, 256},
+      {4, 20, 1024, 96, 0, 128},  {4, 20, 4096, 96, 0, 192},  {4, 16, 4096, 128, 0, 128}, {4, 16, 4096, 128, 1, 192},
+      {1, 16, 4096, 128, 1, 128}, {1, 32, 1024, 128, 1, 128}, {4, 10, 4096, 192, 1, 128}, {4, 8, 4096, 256, 1, 128},
+  };
+  for (const auto &x : cases) {
+    flashcore_attention a = accepted(300);
+    flashcore_plan plan;
+    a.batch = x.batch, a.heads_q = a.heads_kv = x.heads, a.seq_q = a.seq_kv = x.seq, a.dim_qk = a.dim_v = x.dim, a.causal = x.causal;
+    a.q = a.k = a.v = flashcore_bshd((void *)4096, x.seq, x.heads, x.dim), a.o = flashcore_bshd((void *)8192, x.seq, x.heads, x.dim);
+    if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_WGMMA, &plan, nullptr) == FLASHCORE_OK)) continue;
+    if (!CHECK(plan.d.block_q == x.rows)) printf("  %d heads, seq %d, dim %d: %d rows\n", x.heads, x.seq, x.dim, (int)plan.d.block_q);
+  }
+}
+
 struct refusal {
   const char *name;
   void (*change)(flashcore_attention &);
@@ -67,17 +86,12 @@ struct refusal {
 static const refusal refusals[] = {
     {"fp32", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype"},
     {"Ada", [](flashcore_attention &) {}, 89, FLASHCORE_UNSUPPORTED_ARCH, "device"},
-    {"softcap", [](flashcore_attention &a) { a.softcap = 1.f; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "softcap"},
-    {"ALiBi", [](flashcore_attention &a) { a.alibi_slopes = (const float *)4096; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "alibi_slopes"},
-    {"bias", [](flashcore_attention &a) { a.bias = (const void *)4096; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "bias"},
-    {"mask bits", [](flashcore_attention &a) { a.mask_bits = (const uint32_t *)4096; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "mask_bits"},
     {"splits", [](flashcore_attention &a) { a.num_splits = 3; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits"},
     {"no keys", [](flashcore_attention &a) { a.seq_kv = 0; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv"},
     {"dim 60", [](flashcore_attention &a) { a.dim_qk = 60; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_qk"},
     {"dim 264", [](flashcore_attention &a) { a.dim_v = 264; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_v"},
     {"address", [](flashcore_attention &a) { a.v.data = (void *)4104; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "v"},
     {"odd stride", [](flashcore_attention &a) { a.o.stride_s += 4; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "o"},
-    {"broadcast", [](flashcore_attention &a) { a.k.stride_h = 0; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "k"},
     {"backwards", [](flashcore_attention &a) { a.q.stride_s = -a.q.stride_s; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "q"},
 };
 
@@ -96,6 +110,7 @@ static void refusals_name_the_field_and_the_kernel() {
 int main() {
   RUN(every_tile_is_taken_once);
   RUN(causal_blocks_have_about_the_same_work);
+  RUN(rows_of_a_tile_fit_the_grid);
   RUN(refusals_name_the_field_and_the_kernel);
   return check_end();
 }
