@@ -1,8 +1,8 @@
-/* The one file of the GPU tests that compiles the library itself. It also opens a door to tiles of the mma kernel that the dispatcher would not
- * pick on this GPU or for so small a problem: the test_..._on functions plan for a chip of another size, and launch here (harness.cuh). */
+/* The file of the GPU tests that compiles the library itself, but for the wgmma backend (library_wgmma.cu). It also opens a door to tiles of the mma
+ * kernel that the dispatcher would not pick on this GPU or for so small a problem: the test_..._on functions plan for a chip of another size, and
+ * launch here (harness.cuh). */
 #define FLASHCORE_IMPLEMENTATION
 #include "flashcore_wmma.cuh"
-#include "flashcore_wgmma.cuh"
 
 /* What the dispatcher does for the mma backend, on a chip with so many SMs and bytes of shared memory per SM (negative: as they are). */
 static flashcore_status plan_on(const flashcore_attention *a, int sm_count, int shared_per_sm, flashcore_attention *resolved, flashcore_plan *plan,

@@ -21,7 +21,8 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
-PROGRAMS = ["test_blocks", "test_user_rule", "test_attention", "test_sweep"]
+LIBRARY = ["library", "library_wgmma"]
+PROGRAMS = ["test_blocks", "test_user_rule", "test_attention", "test_sweep", "test_dispatch"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 TIME_LIMIT = 1500  # seconds for one program
 
@@ -61,11 +62,11 @@ def build(nvcc, arch):
     BUILD.mkdir(parents=True, exist_ok=True)
     good = True
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for name, code, text in pool.map(lambda n: compile_one(nvcc, arch, n), ["library"] + PROGRAMS):
+        for name, code, text in pool.map(lambda n: compile_one(nvcc, arch, n), LIBRARY + PROGRAMS):
             print(text, end="")
             good &= code == 0
     for name in PROGRAMS if good else []:
-        objects = [str(BUILD / f"{name}.o"), str(BUILD / "library.o")]
+        objects = [str(BUILD / f"{n}.o") for n in [name, *LIBRARY]]
         good &= subprocess.run([nvcc, f"-gencode=arch=compute_{arch},code=sm_{arch}", *objects, "-o", str(BUILD / name)]).returncode == 0
     return good
 
