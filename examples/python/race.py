@@ -3,6 +3,7 @@
 
     python3 examples/python/race.py                                     prefill: batch * seq = 16384, heads * dim = 2048
     python3 examples/python/race.py --small --csv small.csv             short problems, in microseconds
+    python3 examples/python/race.py --grouped                           grouped queries: several query heads share a head of K and V, bf16, causal
     python3 examples/python/race.py --dims 64 --seqs 512,4096 --causal yes --dtype bf16 --backend wmma
     python3 examples/python/race.py --l4                                FlashCore in an L4's shared memory, the peers not limited
 
@@ -27,12 +28,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 PEERS = {"FA2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 SMALL = [(1, 8, 512, 64), (2, 8, 256, 64), (2, 8, 512, 64), (32, 8, 128, 64), (32, 8, 512, 64), (16, 16, 2048, 64), (1, 96, 512, 64), (1, 32, 512, 128),
          (1, 32, 2048, 128)]
+GROUPED = [(1, (64, 8), 8192, 128), (4, (32, 8), 4096, 128), (1, (32, 8), 32768, 128), (1, (32, 8), 512, 128), (1, (28, 4), 3000, 128)]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 UNIT = {"fp16": 2.0**-11, "bf16": 2.0**-8}  # of rounding
 
 
 def shapes(args):
-    """(batch, heads, seq, dim, causal), in the order of the tables."""
+    """(batch, heads, seq, dim, causal), in the order of the tables. heads: of Q, or (of Q, of K and V)."""
+    if args.grouped:
+        return [(*shape, True) for shape in GROUPED]
     causal = {"no": [False], "yes": [True], "both": [False, True]}[args.causal]
     if args.small:
         return [(*shape, c) for shape in SMALL for c in causal]
@@ -47,7 +51,7 @@ def contenders(q, k, v, causal, args):
     for name, which in PEERS.items():
         def peer(which=which):
             with sdpa_kernel([which]):
-                return F.scaled_dot_product_attention(*views, is_causal=causal).transpose(1, 2)
+                return F.scaled_dot_product_attention(*views, is_causal=causal, enable_gqa=k.shape != q.shape).transpose(1, 2)
         try:
             peer()
             functions[name] = peer
@@ -63,10 +67,11 @@ def sample_error(o, q, k, v, causal):
     difference = size = 0.0
     for n in range(3):
         b, h = n * (batch - 1) // 2, n * (heads - 1) // 2
-        s = q[b, rows, h].double() @ k[b, :, h].double().T / math.sqrt(dim)
+        h_kv = h * k.shape[2] // heads
+        s = q[b, rows, h].double() @ k[b, :, h_kv].double().T / math.sqrt(dim)
         if causal:
             s.masked_fill_(torch.arange(seq, device=q.device)[None, :] > rows[:, None], -math.inf)
-        exact = torch.softmax(s, dim=-1) @ v[b, :, h].double()
+        exact = torch.softmax(s, dim=-1) @ v[b, :, h_kv].double()
         difference += (o[b, rows, h].double() - exact).square().sum().item()
         size += exact.square().sum().item()
     return math.sqrt(difference / size)
@@ -111,12 +116,13 @@ def race(functions, small, rounds):
 def run_shape(shape, args):
     """One row: times, errors, the kernel."""
     batch, heads, seq, dim, causal = shape
-    q, k, v = (torch.randn(batch, seq, heads, dim, device="cuda", dtype=DTYPES[args.dtype]) for _ in range(3))
+    heads, heads_kv = heads if isinstance(heads, tuple) else (heads, heads)
+    q, k, v = (torch.randn(batch, seq, n, dim, device="cuda", dtype=DTYPES[args.dtype]) for n in (heads, heads_kv, heads_kv))
     functions, what = contenders(q, k, v, causal, args)
     errors = {name: sample_error(f(), q, k, v, causal) for name, f in functions.items()}
     us = race(functions, args.small, args.rounds)
     flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
-    return {"shape": shape, "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
+    return {"shape": (batch, f"{heads}/{heads_kv}" if heads != heads_kv else heads, seq, dim, causal), "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
             "ratio": {n: t / us["FlashCore"] for n, t in us.items()}, "kernel": what.kernel.decode() + (f", {what.blocks_per_sm} per SM" if args.l4 else ""),
             "right": max(errors[name] for name in ("FlashCore", *args.also)) <= 3 * UNIT[args.dtype]}
 
@@ -128,7 +134,7 @@ def print_row(row, args):
     values, width = (row["us"], 9) if args.small else (row["tflops"], 9)
     figures = " ".join(f"{values[n]:{width}.2f}" if n in values else " " * (width - 1) + "-" for n in ("FlashCore", *others))
     error = f"{row['errors']['FlashCore']:.1e} {max([e for n, e in row['errors'].items() if n != 'FlashCore'], default=math.nan):.1e}"
-    print(f"{dim:4d} {'yes' if causal else 'no':>6s} {batch:5d} {heads:5d} {seq:6d} | {ratios} | {figures} | {error} | {row['kernel']}"
+    print(f"{dim:4d} {'yes' if causal else 'no':>6s} {batch:5d} {heads:>5} {seq:6d} | {ratios} | {figures} | {error} | {row['kernel']}"
           + ("" if row["right"] else "  WRONG"), flush=True)
 
 
@@ -168,6 +174,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=16384, help="batch * seq")
     parser.add_argument("--width", type=int, default=2048, help="heads * dim")
     parser.add_argument("--small", action="store_true", help="the table of short problems instead")
+    parser.add_argument("--grouped", action="store_true", help="the table of grouped queries instead, in bf16")
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--dtype", choices=DTYPES, default="fp16")
     parser.add_argument("--backend", choices=flashcore.BACKENDS, default="auto")
@@ -177,6 +184,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--csv")
     args = parser.parse_args()
+    if args.grouped:
+        args.dtype = "bf16"
 
     torch.manual_seed(0)
     unit = "us" if args.small else "TFLOP/s"
