@@ -4,5 +4,6 @@
 //
 // [readme:library]
 #define FLASHCORE_IMPLEMENTATION
+#include "../../flashcore_wgmma.cuh"
 #include "../../flashcore_wmma.cuh"
 // [readme:end]

@@ -2,7 +2,6 @@
 //
 //   nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90a,code=sm_90a examples/python/flashcore_library.cu -o libflashcore.so
 #include "../common/library.cu"
-#include "../../flashcore_wgmma.cuh"
 
 // For race.py --l4, a measurement device and not an API: the plan for an SM with an L4's shared memory, its blocks padded until only as many fit this
 // GPU's SM as would fit the L4's. All else, registers and the number of SMs among it, is this GPU's.
