@@ -327,8 +327,25 @@ def fat_binary(header, unit):
     sh([*NVCC, *QUICK, *defines, *arch_flags(*other_arches(header)), "-c", f"{COMPILE}/implementation.cu", "-o", obj])
 
 
+HOPPER_INSTRUCTIONS = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait", "setmaxnreg.inc", "setmaxnreg.dec")
+
+
+def hopper_instructions(header):
+    """A kernel without its body, as plain sm_90 would have it, compiles and links too."""
+    ptx = out("arch", header + ".ptx")
+    sh([*NVCC, *PTX_ONLY_90A, *implementation_defines(header), "-ptx", f"{COMPILE}/implementation.cu", "-o", ptx])
+    with open(ptx) as f:
+        kernels = re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:]
+    for kernel in kernels:
+        if missing := [name for name in HOPPER_INSTRUCTIONS if name not in kernel]:
+            raise Failure(f"{kernel[:120]}: without {', '.join(missing)}")
+    if not kernels:
+        raise Failure("no kernel found")
+    return f"{len(kernels)} kernels"
+
+
 def arch_checks():
-    checks = []
+    checks = [("flashcore_wgmma.cuh_kernels_are_made_of_hopper_instructions", lambda: hopper_instructions("flashcore_wgmma.cuh"))]
     for header in reversed(HEADERS):  # the quick ones last
         for unit, defines in enumerate(units(header)):
             label = "".join("_with_" + d[2:].lower() for d in defines)

@@ -46,7 +46,7 @@ static int parse_bench_options(int argc, char **argv, bench_options *o) {
     if (o->dims.empty() || o->seqs.empty() || !o->dtype || o->backend < 0) {
       fprintf(stderr,
               "bench: %s %s is not understood\n"
-              "usage: bench [--small] [--dims 64,128] [--seqs 512,4096] [--dtype f16|bf16] [--backend auto|simt|wmma|mma] [--csv FILE]\n",
+              "usage: bench [--small] [--dims 64,128] [--seqs 512,4096] [--dtype f16|bf16] [--backend auto|simt|wmma|mma|wgmma] [--csv FILE]\n",
               argv[i], value);
       return 2;
     }
