@@ -504,9 +504,8 @@ inline bool must_serve(const Case &c, int backend) {
   if (c.page || c.splits > 1 || c.split_len) return false;
   if (backend == FLASHCORE_BACKEND_MMA) return device_arch() >= 80;
   if (backend == FLASHCORE_BACKEND_WGMMA) {
-    const bool rules = c.softcap > 0 || c.bias || c.alibi || c.mask, far = c.layout == LAYOUT_SLICE || c.layout == LAYOUT_NEGATIVE;
-    const bool zero = (c.layout == LAYOUT_HEAD0 && c.heads_kv > 1) || (c.layout == LAYOUT_BATCH0 && c.batch > 1);
-    return !rules && !far && !zero && c.seq_kv > 0 && c.dim_qk <= 256 && c.dim_v <= 256 && device_arch() == 90;
+    const bool readable = c.layout != LAYOUT_SLICE && c.layout != LAYOUT_NEGATIVE; /* by TMA */
+    return readable && c.seq_kv > 0 && c.dim_qk <= 256 && c.dim_v <= 256 && device_arch() == 90;
   }
   return c.layout != LAYOUT_SLICE && c.dim_qk <= 128 && c.dim_v <= 128 && device_arch() >= (c.dtype == FLASHCORE_BF16 ? 80 : 75);
 }
