@@ -2,6 +2,8 @@
 #ifndef FLASHCORE_TESTS_PLAN_H
 #define FLASHCORE_TESTS_PLAN_H
 
+#include "check.h"
+
 /* A problem that every tensor-core backend plans for. Nothing is read through its addresses. */
 static flashcore_attention accepted(int32_t seq) {
   flashcore_attention a;
@@ -24,6 +26,31 @@ static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int3
   if (status != FLASHCORE_OK) return status;
   flashcore_resolve(&a, &resolved);
   return flashcore_plan_backend(&resolved, backend, &device, plan, &ops, error);
+}
+
+/* A problem spoiled in one way, and what the answer must say. */
+struct refusal {
+  const char *name;
+  void (*change)(flashcore_attention &);
+  int32_t arch;
+  flashcore_status status;
+  const char *field;
+  int64_t value, limit;
+};
+
+/* Status, field and numbers, and a message that names the kernel. */
+static void check_refusal(const refusal &x, flashcore_attention a, int32_t backend) {
+  flashcore_plan plan;
+  flashcore_error error = {};
+  x.change(a);
+  const char *name = flashcore_backend_string((flashcore_backend)backend);
+  const flashcore_status status = plan_on(x.arch, a, backend, &plan, &error);
+  const bool same = status == x.status && error.field && !strcmp(error.field, x.field) && error.value == x.value && error.limit == x.limit;
+  char kernel[32];
+  snprintf(kernel, sizeof kernel, "the %s kernel", name);
+  if (!CHECK(same && strstr(error.message, kernel)))
+    printf("  %s, %s: status %d, %s (%s, value %lld, limit %lld)\n", name, x.name, (int)status, error.message, error.field ? error.field : "no field",
+           (long long)error.value, (long long)error.limit);
 }
 
 #endif

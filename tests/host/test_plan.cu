@@ -16,14 +16,6 @@ static void page(flashcore_attention &a) {
   a.page_table = table, a.page_size = 2, a.num_pages = 2;
 }
 
-struct refusal {
-  const char *name;
-  void (*change)(flashcore_attention &);
-  int32_t arch;
-  flashcore_status status;
-  const char *field;
-  int64_t value, limit;
-};
 static const refusal refusals[] = {
     {"fp32", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, 0},
     {"fp8", [](flashcore_attention &a) { a.dtype = FLASHCORE_E4M3; }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_E4M3, 0},
@@ -47,19 +39,7 @@ static void accepted_problem_is_planned() {
 
 static void tensor_core_backends_refuse_alike_and_by_name() {
   for (const int32_t backend : tensor_core)
-    for (const refusal &x : refusals) {
-      flashcore_attention a = accepted(2);
-      flashcore_plan plan;
-      flashcore_error error = {};
-      x.change(a);
-      const char *name = flashcore_backend_string((flashcore_backend)backend);
-      const bool same = plan_on(x.arch, a, backend, &plan, &error) == x.status && !strcmp(error.field, x.field);
-      char kernel[32];
-      snprintf(kernel, sizeof kernel, "the %s kernel", name);
-      if (!CHECK(same && error.value == x.value && error.limit == x.limit && strstr(error.message, kernel)))
-        printf("  %s, %s: %s (%s, value %lld, limit %lld)\n", name, x.name, error.message, error.field, (long long)error.value,
-               (long long)error.limit);
-    }
+    for (const refusal &x : refusals) check_refusal(x, accepted(2), backend);
 }
 
 static void simt_refuses_an_arch_by_name() {
