@@ -122,7 +122,8 @@ def run_shape(shape, args):
     errors = {name: sample_error(f(), q, k, v, causal) for name, f in functions.items()}
     us = race(functions, args.small, args.rounds)
     flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
-    return {"shape": (batch, f"{heads}/{heads_kv}" if heads != heads_kv else heads, seq, dim, causal), "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
+    label = heads if heads == heads_kv else f"{heads}/{heads_kv}"
+    return {"shape": (batch, label, seq, dim, causal), "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
             "ratio": {n: t / us["FlashCore"] for n, t in us.items()}, "kernel": what.kernel.decode() + (f", {what.blocks_per_sm} per SM" if args.l4 else ""),
             "right": max(errors[name] for name in ("FlashCore", *args.also)) <= 3 * UNIT[args.dtype]}
 
