@@ -79,16 +79,91 @@ FLASHCORE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t tx_by
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(tx_bytes) : "memory");
 }
 
-/* Copy one box of a (dim, row, head, batch) tensor to shared memory. What lies outside the tensor arrives as zeros, and counts as bytes.
- *   ptx      cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes, sm_90, PTX 8.0
- *   shapes   dst: 1024-aligned shared address; rows of 128 bytes in 128-byte swizzle (swizzled_tile<128>)
- *   callers  one thread
- *   orders   the bytes are visible to those who have waited for the barrier's phase */
-FLASHCORE_DEVICE void tma_load(uint32_t dst, const tensor_map &map, uint32_t barrier, int dim, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
-               "l"(&map), "r"(barrier), "r"(dim), "r"(row), "r"(head), "r"(batch)
-               : "memory");
+/* An eviction priority in L2 for what TMA moves.   ptx  createpolicy.fractional.L2::{evict_first,evict_last}.b64, sm_80, PTX 7.4 */
+struct l2_policy {
+  uint64_t bits;
+};
+FLASHCORE_DEVICE l2_policy l2_evict_first() {
+  l2_policy policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy.bits));
+  return policy;
 }
+FLASHCORE_DEVICE l2_policy l2_evict_last() {
+  l2_policy policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy.bits));
+  return policy;
+}
+
+/* Fetch a tensor map, before the first copy needs it.   ptx  prefetch.tensormap, sm_90, PTX 8.0     callers  one thread */
+FLASHCORE_DEVICE void prefetch_tensormap(const tensor_map &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+/* Copies of one box of a tensor of 2 to 5 dims; x0, the contiguous one, to x4: where the box begins, in elements, also below 0. Each with an L2 policy
+ * as last argument, or without.
+ *   tma_load            global to shared memory; what lies outside the tensor arrives as zeros, and counts as bytes of the barrier
+ *   tma_load_multicast  the same box to every block of the cluster whose rank is a bit of `blocks`: in its shared memory at the offset of dst, with the
+ *                       bytes counted by its barrier at the offset of `barrier`
+ *   tma_prefetch        global memory to L2
+ *   tma_store           shared to global memory; what lies outside the tensor is not written
+ *   ptx      cp.async.bulk.tensor.Nd.shared::cluster.global.mbarrier::complete_tx::bytes[.multicast::cluster][.L2::cache_hint],
+ *            cp.async.bulk.prefetch.tensor.Nd.L2.global[...], cp.async.bulk.tensor.Nd.global.shared::cta.bulk_group[...], sm_90, PTX 8.0
+ *   shapes   dst, src: shared address, 128-aligned; with a swizzle of W bytes a tile of rows of W bytes, as swizzled_tile<W>, aligned to 8 W
+ *   callers  one thread
+ *   orders   load: the bytes are visible to those who have waited for the barrier's phase
+ *            store: who wrote to src calls fence_proxy_async, then a barrier; afterwards see tma_store_wait */
+#define FLASHCORE_TMA(rank, x, box, operands, i0, i1, i2, i3)                                                                                        \
+  FLASHCORE_DEVICE void tma_load(uint32_t dst, const tensor_map &map, uint32_t barrier, x) {                                                         \
+    asm volatile(FLASHCORE_TMA_LOAD(rank) " [%" #i0 "], " box ", [%" #i1 "];" ::operands, "r"(dst), "r"(barrier) : "memory");                        \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_load(uint32_t dst, const tensor_map &map, uint32_t barrier, x, l2_policy policy) {                                       \
+    asm volatile(FLASHCORE_TMA_LOAD(rank) ".L2::cache_hint [%" #i0 "], " box ", [%" #i1 "], %" #i2 ";" ::operands, "r"(dst), "r"(barrier),           \
+                 "l"(policy.bits)                                                                                                                    \
+                 : "memory");                                                                                                                        \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_load_multicast(uint32_t dst, const tensor_map &map, uint32_t barrier, uint16_t blocks, x) {                              \
+    asm volatile(FLASHCORE_TMA_LOAD(rank) ".multicast::cluster [%" #i0 "], " box ", [%" #i1 "], %" #i2 ";" ::operands, "r"(dst), "r"(barrier),       \
+                 "h"(blocks)                                                                                                                         \
+                 : "memory");                                                                                                                        \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_load_multicast(uint32_t dst, const tensor_map &map, uint32_t barrier, uint16_t blocks, x, l2_policy policy) {            \
+    asm volatile(FLASHCORE_TMA_LOAD(rank) ".multicast::cluster.L2::cache_hint [%" #i0 "], " box ", [%" #i1 "], %" #i2 ", %" #i3 ";" ::operands,      \
+                 "r"(dst), "r"(barrier), "h"(blocks), "l"(policy.bits)                                                                               \
+                 : "memory");                                                                                                                        \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_prefetch(const tensor_map &map, x) {                                                                                     \
+    asm volatile("cp.async.bulk.prefetch.tensor." #rank "d.L2.global " box ";" ::operands : "memory");                                               \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_prefetch(const tensor_map &map, x, l2_policy policy) {                                                                   \
+    asm volatile("cp.async.bulk.prefetch.tensor." #rank "d.L2.global.L2::cache_hint " box ", %" #i0 ";" ::operands, "l"(policy.bits) : "memory");    \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_store(const tensor_map &map, uint32_t src, x) {                                                                          \
+    asm volatile(FLASHCORE_TMA_STORE(rank) " " box ", [%" #i0 "];" ::operands, "r"(src) : "memory");                                                 \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void tma_store(const tensor_map &map, uint32_t src, x, l2_policy policy) {                                                        \
+    asm volatile(FLASHCORE_TMA_STORE(rank) ".L2::cache_hint " box ", [%" #i0 "], %" #i1 ";" ::operands, "r"(src), "l"(policy.bits) : "memory");      \
+  }
+#define FLASHCORE_TMA_LOAD(rank)  "cp.async.bulk.tensor." #rank "d.shared::cluster.global.mbarrier::complete_tx::bytes"
+#define FLASHCORE_TMA_STORE(rank) "cp.async.bulk.tensor." #rank "d.global.shared::cta.bulk_group"
+#define FLASHCORE_X2              int x0, int x1
+#define FLASHCORE_X3              FLASHCORE_X2, int x2
+#define FLASHCORE_X4              FLASHCORE_X3, int x3
+#define FLASHCORE_X5              FLASHCORE_X4, int x4
+#define FLASHCORE_R2              "l"(&map), "r"(x0), "r"(x1)
+#define FLASHCORE_R3              FLASHCORE_R2, "r"(x2)
+#define FLASHCORE_R4              FLASHCORE_R3, "r"(x3)
+#define FLASHCORE_R5              FLASHCORE_R4, "r"(x4)
+/* rank; its coordinates as parameters, in PTX, and as operands; the numbers of the operands behind them */
+FLASHCORE_TMA(2, FLASHCORE_X2, "[%0, {%1, %2}]", FLASHCORE_R2, 3, 4, 5, 6)
+FLASHCORE_TMA(3, FLASHCORE_X3, "[%0, {%1, %2, %3}]", FLASHCORE_R3, 4, 5, 6, 7)
+FLASHCORE_TMA(4, FLASHCORE_X4, "[%0, {%1, %2, %3, %4}]", FLASHCORE_R4, 5, 6, 7, 8)
+FLASHCORE_TMA(5, FLASHCORE_X5, "[%0, {%1, %2, %3, %4, %5}]", FLASHCORE_R5, 6, 7, 8, 9)
+
+/* Close the group of the tma_store that this thread has issued; wait until at most kPending of its groups are in flight.
+ *   ptx      cp.async.bulk.commit_group, cp.async.bulk.wait_group[.read], sm_90, PTX 8.0
+ *   callers  the thread that stored
+ *   orders   wait_read: shared memory was read and may be written; wait: the writes are done, and visible to this thread */
+FLASHCORE_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending> FLASHCORE_DEVICE void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory"); }
+template <int kPending> FLASHCORE_DEVICE void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory"); }
 
 /* This thread's ordinary stores to shared memory before it come before later reads by wgmma and TMA (of all who pass a barrier after it).
  *   ptx  fence.proxy.async.shared::cta, sm_90, PTX 8.0 */
@@ -104,21 +179,95 @@ template <int kRegisters> FLASHCORE_DEVICE void setmaxnreg_inc() { asm volatile(
 enum wgmma_barrier { kGroupBarrier = 1 }; /* first of one per warpgroup; 0 belongs to __syncthreads */
 FLASHCORE_DEVICE void warpgroup_sync(int wg) { asm volatile("barrier.sync %0, 128;" ::"r"(kGroupBarrier + wg) : "memory"); }
 
+/* Named barriers: sync waits until so many threads have come (a multiple of 32), arrive only counts as one of them. A warp counts as 32.
+ *   ptx      barrier.{sync,arrive}, sm_70
+ *   shapes   id: 0 to 15, 0 being that of __syncthreads; threads: the same number in all calls of a phase
+ *   callers  whole warps
+ *   orders   shared memory before sync or arrive comes before what follows a sync */
+FLASHCORE_DEVICE void barrier_sync(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+FLASHCORE_DEVICE void barrier_arrive(int id, int threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+/* The block's rank in its cluster; the blocks of the cluster.   ptx  %cluster_ctarank, %cluster_nctarank, sm_90, PTX 7.8 */
+FLASHCORE_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+FLASHCORE_DEVICE uint32_t cluster_size() {
+  uint32_t blocks;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+  return blocks;
+}
+/* The cluster's barrier, in two halves. Also needed before a block leaves whose shared memory or barriers others may still reach.
+ *   ptx      barrier.cluster.arrive.release.aligned, barrier.cluster.wait.acquire.aligned, sm_90, PTX 8.0
+ *   callers  all threads of all blocks of the cluster, warps converged
+ *   orders   all memory before arrive comes before what follows wait */
+FLASHCORE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+FLASHCORE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+/* The address, for shared::cluster instructions, of what lies at `address` in the shared memory of the cluster's block `rank`.
+ *   ptx  mapa.shared::cluster.u32, sm_90, PTX 7.8 */
+FLASHCORE_DEVICE uint32_t map_shared(uint32_t address, uint32_t rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+/* mbarrier_arrive on a barrier of any block of the cluster, and the wait for such arrivals on one's own.
+ *   ptx      mbarrier.arrive.release.cluster.shared::cluster, mbarrier.try_wait.parity.acquire.cluster, looped, sm_90, PTX 8.0
+ *   shapes   mapped: from map_shared; barrier, parity: as for mbarrier_wait
+ *   callers  arrive: any thread; wait: whole warps, which return converged
+ *   orders   memory accesses before arrive come before those after the wait */
+FLASHCORE_DEVICE void mbarrier_arrive_cluster(uint32_t mapped) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
+}
+FLASHCORE_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n\t.reg .pred p;\nPOLL:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n\t@!p bra POLL;\n\t}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+/* One, two or four 8x8 matrices of 16-bit elements to shared memory: what ldmatrix (flashcore.h) reads; lane i gives the address of row i % 8 of
+ * matrix i / 8, lanes beyond the matrices any.
+ *   ptx      stmatrix.sync.aligned.m8n8.{x1,x2,x4}[.trans].shared.b16, sm_90, PTX 7.8
+ *   shapes   r[j]: matrix j, row lane / 4, columns 2 * (lane % 4) + {0, 1} (transposed: column lane / 4, rows ...)
+ *   callers  all 32 lanes, converged */
+#define FLASHCORE_STMATRIX(n, list, ...)                                                                                                             \
+  FLASHCORE_DEVICE void stmatrix(uint32_t address, const uint32_t(&r)[n]) {                                                                          \
+    asm volatile("stmatrix.sync.aligned.m8n8.x" #n ".shared.b16 [%0], {" list "};" ::"r"(address), __VA_ARGS__ : "memory");                          \
+  }                                                                                                                                                  \
+  FLASHCORE_DEVICE void stmatrix_trans(uint32_t address, const uint32_t(&r)[n]) {                                                                    \
+    asm volatile("stmatrix.sync.aligned.m8n8.x" #n ".trans.shared.b16 [%0], {" list "};" ::"r"(address), __VA_ARGS__ : "memory");                    \
+  }
+FLASHCORE_STMATRIX(1, "%1", "r"(r[0]))
+FLASHCORE_STMATRIX(2, "%1, %2", "r"(r[0]), "r"(r[1]))
+FLASHCORE_STMATRIX(4, "%1, %2, %3, %4", "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]))
+
+/* Programmatic dependent launch: a kernel launched with that attribute starts when all blocks of the one before it have called launch_dependents or
+ * ended, and sees their memory after wait. Does nothing in other launches.
+ *   ptx      griddepcontrol.{wait,launch_dependents}, sm_90, PTX 7.8
+ *   callers  any thread; each waits on its own
+ *   orders   all memory of the grids that this one depends on comes before what follows wait, which returns when they have ended */
+FLASHCORE_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+FLASHCORE_DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 /* ================================================================================================================================
  * 2  wgmma: descriptors, fragments, the instruction
  * ================================================================================================================================ */
 
 /* What a matrix in shared memory looks like to wgmma:
  *   bits  0-13  address / 16                     16-29  leading offset / 16
- *        32-45  stride offset / 16               62-63  swizzle: 1 = 128 bytes
- * A tile is stored as [columns / 64][rows][64] elements of 16 bits: rows of 128 bytes in 128-byte swizzle, eight of them make a group of 1024.
+ *        32-45  stride offset / 16               62-63  swizzle: 1 = 128 bytes, 2 = 64, 3 = 32
+ * A tile is stored as [columns / c][rows][c] elements of 16 bits, c = kRowBytes / 2: rows of kRowBytes in a swizzle of so many bytes (swizzled_tile);
+ * eight of them make a group, to whose size, 1024 bytes with the widest swizzle, a tile is aligned.
  *   K-major (Q, K: the product runs along a row)       stride: from 8 rows to the next; leading: unused
- *     16 columns further: 32 bytes, after 64 columns the next [rows][64]
- *   MN-major (V: the product runs down the rows)       stride: from 8 rows to the next; leading: from 64 columns to the next
- *     16 rows further: 2048 bytes                                                                                            */
-FLASHCORE_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes) {
+ *     16 columns further: 32 bytes, after c columns the next [rows][c]
+ *   MN-major (V: the product runs down the rows)       stride: from 8 rows to the next; leading: from c columns to the next
+ *     16 rows further: 16 kRowBytes                                                                                          */
+template <int kRowBytes = 128> FLASHCORE_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading_bytes) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64 || kRowBytes == 32, "the swizzles that there are");
   const uint32_t low = address >> 4 | leading_bytes >> 4 << 16;
-  return low | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+  return low | (uint64_t)(8 * kRowBytes >> 4) << 32 | (uint64_t)(kRowBytes == 128 ? 1 : kRowBytes == 64 ? 2 : 3) << 62;
 }
 
 /* Before the first wgmma of a group, and after registers that it uses were touched: orders them.   ptx  wgmma.fence.sync.aligned, sm_90a */

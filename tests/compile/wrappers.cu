@@ -52,15 +52,58 @@ static __device__ void keep_wmma(const void **table, int &count) {
 #endif
 
 #if __has_include("flashcore_wgmma.cuh") && (FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__))
+/* All that TMA does with a tensor of so many dims; At: an int for each. */
+template <typename... At> static __device__ void keep_tma(const void **table, int &count) {
+  using fc::l2_policy, fc::tensor_map;
+  keep(table, count, static_cast<void (*)(uint32_t, const tensor_map &, uint32_t, At...)>(&fc::tma_load));
+  keep(table, count, static_cast<void (*)(uint32_t, const tensor_map &, uint32_t, At..., l2_policy)>(&fc::tma_load));
+  keep(table, count, static_cast<void (*)(uint32_t, const tensor_map &, uint32_t, uint16_t, At...)>(&fc::tma_load_multicast));
+  keep(table, count, static_cast<void (*)(uint32_t, const tensor_map &, uint32_t, uint16_t, At..., l2_policy)>(&fc::tma_load_multicast));
+  keep(table, count, static_cast<void (*)(const tensor_map &, At...)>(&fc::tma_prefetch));
+  keep(table, count, static_cast<void (*)(const tensor_map &, At..., l2_policy)>(&fc::tma_prefetch));
+  keep(table, count, static_cast<void (*)(const tensor_map &, uint32_t, At...)>(&fc::tma_store));
+  keep(table, count, static_cast<void (*)(const tensor_map &, uint32_t, At..., l2_policy)>(&fc::tma_store));
+}
+
+template <int kMatrices> static __device__ void keep_stmatrix(const void **table, int &count) {
+  keep(table, count, static_cast<void (*)(uint32_t, const uint32_t(&)[kMatrices])>(&fc::stmatrix));
+  keep(table, count, static_cast<void (*)(uint32_t, const uint32_t(&)[kMatrices])>(&fc::stmatrix_trans));
+}
+
 static __device__ void keep_wgmma(const void **table, int &count) {
   keep(table, count, &fc::fence_mbarrier_init);
   keep(table, count, &fc::mbarrier_arrive_expect_tx);
-  keep(table, count, &fc::tma_load);
+  keep(table, count, &fc::l2_evict_first);
+  keep(table, count, &fc::l2_evict_last);
+  keep(table, count, &fc::prefetch_tensormap);
+  keep_tma<int, int>(table, count);
+  keep_tma<int, int, int>(table, count);
+  keep_tma<int, int, int, int>(table, count);
+  keep_tma<int, int, int, int, int>(table, count);
+  keep(table, count, &fc::tma_store_commit);
+  keep(table, count, &fc::tma_store_wait<1>);
+  keep(table, count, &fc::tma_store_wait_read<0>);
   keep(table, count, &fc::fence_proxy_async);
   keep(table, count, &fc::setmaxnreg_dec<24>);
   keep(table, count, &fc::setmaxnreg_inc<240>);
   keep(table, count, &fc::warpgroup_sync);
-  keep(table, count, &fc::wgmma_descriptor);
+  keep(table, count, static_cast<void (*)(int, int)>(&fc::barrier_sync));
+  keep(table, count, &fc::barrier_arrive);
+  keep(table, count, &fc::cluster_rank);
+  keep(table, count, &fc::cluster_size);
+  keep(table, count, &fc::cluster_arrive);
+  keep(table, count, &fc::cluster_wait);
+  keep(table, count, &fc::map_shared);
+  keep(table, count, &fc::mbarrier_arrive_cluster);
+  keep(table, count, &fc::mbarrier_wait_cluster);
+  keep_stmatrix<1>(table, count);
+  keep_stmatrix<2>(table, count);
+  keep_stmatrix<4>(table, count);
+  keep(table, count, &fc::griddepcontrol_wait);
+  keep(table, count, &fc::griddepcontrol_launch_dependents);
+  keep(table, count, &fc::wgmma_descriptor<128>);
+  keep(table, count, &fc::wgmma_descriptor<64>);
+  keep(table, count, &fc::wgmma_descriptor<32>);
   keep(table, count, &fc::wgmma_fence);
   keep(table, count, &fc::wgmma_commit);
   keep(table, count, &fc::wgmma_wait<0>);
