@@ -311,10 +311,14 @@ class Objects:
 OBJECTS = Objects()
 
 
-def compile_for(header, unit, arch):
-    log = OBJECTS.get(header, unit, arch)["log"]
+def refuse_serialised(log):
     if found := sorted(set(re.findall(r"C75\d\d", log))):
         raise Failure("ptxas serialised wgmma or ignored setmaxnreg: " + ", ".join(found))
+
+
+def compile_for(header, unit, arch):
+    log = OBJECTS.get(header, unit, arch)["log"]
+    refuse_serialised(log)
     kernels = resources.parse(log)
     if not kernels:
         raise Failure("the compiler's report names no kernel")
@@ -688,7 +692,9 @@ def wrapper_checks():
 
 
 def gpu_program_compiles(source):
-    sh([*NVCC, *PTX_ONLY, "-Itests/gpu", "-c", source, "-o", out("gpu", os.path.basename(source) + ".o")])
+    """What asks the hardware about Hopper's instructions compiles to machine code; the others, to PTX."""
+    target = [*arch_flags("90a"), "-Xptxas", "-v"] if source.endswith("test_hopper.cu") else PTX_ONLY
+    refuse_serialised(sh([*NVCC, *target, "-Itests/gpu", "-c", source, "-o", out("gpu", os.path.basename(source) + ".o")]))
 
 
 def gpu_program_checks():

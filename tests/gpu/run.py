@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = ["library", "library_wgmma"]
-PROGRAMS = ["test_blocks", "test_user_rule", "test_attention", "test_sweep", "test_dispatch"]
+PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_sweep", "test_dispatch"]
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 TIME_LIMIT = 1500  # seconds for one program
 
