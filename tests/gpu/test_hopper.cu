@@ -148,7 +148,7 @@ static __global__ void load_kernel(const __grid_constant__ fc::tensor_map map, c
 #endif
 }
 
-/* "" or what differs: boxes as they must lie in shared memory, `room` elements each. */
+/* "" or what differs: a box in shared memory, and the junk behind it. */
 static std::string compare_box(const uint16_t *box, const std::vector<uint16_t> &allocation, const Coordinates &at, int rank) {
   for (int j = 0; j < kBoxRoom; ++j) {
     const int place = j < kBoxElements[rank] ? place_of(at, rank, j) : -1;
@@ -211,7 +211,7 @@ template <int kRank, bool kHint> static void test_store() {
 
 constexpr int kClusterRounds = 6, kClusterBlocks = 4; /* two clusters of two */
 
-/* In each round either block of a cluster loads one box into the shared memory of both. One of them is late to read: the next boxes must wait for it. */
+/* In each round either block of a cluster loads one box into the shared memory of both. One of them is late to read: the next boxes must wait. */
 template <int kRank>
 static __global__ void cluster_kernel(const __grid_constant__ fc::tensor_map map, const Coordinates *places, uint16_t *out, uint32_t *ranks) {
 #if FLASHCORE_HAS_SM90A
