@@ -395,6 +395,16 @@ FLASHCORE_INLINE void flashcore_resolve(const flashcore_attention *in, flashcore
   flashcore_resolve_strides(&out->o, e.batch_q, e.rows_q, in->heads_q);
 }
 
+/* Bytes, 16 at most, that the addresses and lengths of all rows of 16-bit Q, K, V and O (resolved) are multiples of. */
+FLASHCORE_INLINE int32_t flashcore_row_align(const flashcore_attention *a) {
+  const flashcore_tensor *tensors[4];
+  size_t bits = 16 | 2 * (size_t)(a->dim_qk | a->dim_v);
+  int i;
+  tensors[0] = &a->q, tensors[1] = &a->k, tensors[2] = &a->v, tensors[3] = &a->o;
+  for (i = 0; i < 4; ++i) bits |= (size_t)tensors[i]->data | 2 * (size_t)(tensors[i]->stride_b | tensors[i]->stride_s | tensors[i]->stride_h);
+  return (int32_t)(bits & (~bits + 1));
+}
+
 /* One batch entry: its lengths and where its rows start, in elements from the tensor's base (heads not included). */
 typedef struct flashcore_sequence {
   int32_t len_q, len_kv;
@@ -665,6 +675,29 @@ FLASHCORE_DEVICE void cp_async_16(uint32_t dst, const void *src) {
 #else
   cp_async<16>(dst, src, true);
 #endif
+}
+
+/* 16 bytes whose address is a multiple of `align` = 16, 8, 4 or 2 into shared memory; from byte `live` on (a multiple of align) zeros, not read. */
+FLASHCORE_DEVICE void copy_chunk(uint32_t dst, const char *src, int live, int align) {
+  if (align >= 16) {
+    cp_async<16>(dst, src, live > 0);
+  } else if (align >= 8) {
+    for (int i = 0; i < 16; i += 8) cp_async<8>(dst + i, src + i, i < live);
+  } else if (align >= 4) {
+    for (int i = 0; i < 16; i += 4) cp_async<4>(dst + i, src + i, i < live);
+  } else {
+    for (int i = 0; i < 16; i += 2) {
+      const uint16_t x = i < live ? *reinterpret_cast<const uint16_t *>(src + i) : (uint16_t)0;
+      asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst + i), "h"(x) : "memory");
+    }
+  }
+}
+/* The first `live` of eight 16-bit elements to global memory, one by one. */
+FLASHCORE_DEVICE void store_chunk(char *dst, const uint4 &value, int live) {
+  const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    if (i < live) reinterpret_cast<uint16_t *>(dst)[i] = (uint16_t)(words[i / 2] >> (i % 2 * 16));
 }
 
 /* Wait until all of this thread's copies have landed.

@@ -325,9 +325,11 @@ template <typename Traits, typename Rule> struct wmma_warp {
     float sum[2] = {};
 #pragma unroll
     for (int i = 0; i < Traits::kValues; i += 2) {
-      const float p0 = softmax_term<15>(x[i], unit, state[r].m), p1 = softmax_term<15>(x[i + 1], unit, state[r].m);
-      sum[i / 2 % 2] += p0 + p1;
+      float p0 = softmax_term<15>(x[i], unit, state[r].m), p1 = softmax_term<15>(x[i + 1], unit, state[r].m);
       p[i / 2] = wmma_pack(T(), p0, p1);
+      /* The last bit of so large a reference weighs: the largest term is not 1, and l counts what O gets. A row of one key is that key's V. */
+      if (fabsf(state[r].m) > 16384.f) p0 = element<T>::load(element<T>::store(p0)), p1 = element<T>::load(element<T>::store(p1));
+      sum[i / 2 % 2] += p0 + p1;
     }
     sum[0] += sum[1];
     state[r].l += sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 1);
@@ -666,25 +668,6 @@ FLASHCORE_MMA_TILE(512, 512, kWide, 1, 2, 2, 16, 16, 2, kQShared, 1); /* O of 16
  * 4  mma.sync: loaders
  * ================================================================================================================================ */
 
-/* 16 bytes whose address is a multiple of `align` = 8, 4 or 2 only, into shared memory at dst; out of registers. */
-FLASHCORE_DEVICE void copy_chunk(uint32_t dst, const char *src, bool valid, int align) {
-  if (align >= 8) {
-    for (int i = 0; i < 16; i += 8) cp_async<8>(dst + i, src + i, valid);
-  } else if (align >= 4) {
-    for (int i = 0; i < 16; i += 4) cp_async<4>(dst + i, src + i, valid);
-  } else {
-    for (int i = 0; i < 16; i += 2) {
-      const uint16_t x = valid ? *reinterpret_cast<const uint16_t *>(src + i) : (uint16_t)0;
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(dst + i), "h"(x) : "memory");
-    }
-  }
-}
-FLASHCORE_DEVICE void store_chunk(char *dst, const uint4 &value) {
-  const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) reinterpret_cast<uint16_t *>(dst)[i] = (uint16_t)(words[i / 2] >> (i % 2 * 16));
-}
-
 /* kRows x kRowBytes from global memory into a swizzled tile by all threads of a block. A thread owns chunks of one column residue in every
  * kRowsPerPass-th row. Nothing of this lives in registers between tiles: they belong to O and S. */
 template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
@@ -716,12 +699,12 @@ template <int kRows, int kRowBytes, int kThreads> struct tile_loader {
       for (int c = 0; c < kChunksPerLane; ++c)
         cp_async<16>(dst + offset(i, c), src + c * kLanes * 16, i * kRowsPerPass + row0() < rows && c * kLanes + chunk0() < chunks);
   }
-  /* The same at any alignment (8, 4 or 2 bytes): slow, for the general kernels only. */
-  static __forceinline__ __device__ void load_unaligned(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int chunks, int align) {
+  /* The same at any alignment (8, 4 or 2 bytes) and row length: slow, for the general kernels only. */
+  static __forceinline__ __device__ void load_unaligned(uint32_t dst, const char *base, int32_t stride_bytes, int rows, int row_bytes, int align) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < kRows * tile::kChunks; i += kThreads) {
       const int row = i / tile::kChunks, chunk = i % tile::kChunks;
-      copy_chunk(dst + tile::offset(row, chunk), base + (int64_t)row * stride_bytes + chunk * 16, row < rows && chunk < chunks, align);
+      copy_chunk(dst + tile::offset(row, chunk), base + (int64_t)row * stride_bytes + chunk * 16, row < rows ? row_bytes - chunk * 16 : 0, align);
     }
   }
 };
@@ -901,11 +884,10 @@ template <typename Tile> struct mma_warp {
   static constexpr int kDepthQk = Tile::kHeadDimQk / 16, kTilesO = Tile::kColumns / 8;
   static constexpr bool kQHeld = Tile::kQ != kQShared;
   static constexpr bool kLsePays = kDepthQk > 8 && kDepthQk <= 16; /* whoever wants the LSE pays for its last bits; of 512 dims, everyone */
-  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
-   * that count are normal in f16. Up to 2^kLimit no term overflows. */
-  static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
-  static constexpr float kHeadroomWary = 7.f;                                 /* where references keep moving */
-  static constexpr bool kWaryLoop = Tile::kBlockKv > kEdgeStep;               /* where a stage is one step, edge_tile is as good */
+  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move. f16 has no exponents to spend on that: its terms are
+   * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows. */
+  static constexpr float kHeadroom = element<T>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr bool kWaryLoop = Tile::kBlockKv > kEdgeStep; /* where a stage is one step, edge_tile is as good */
   /* Fragments that are read before something that takes time: copies, exponentials, a vote. As many as the registers allow. */
   static constexpr int kEarly = Tile::kHeadDimQk > 128 || !FLASHCORE_HAS_SM90 ? 3 : 4;
   struct fragments {
@@ -966,9 +948,9 @@ template <typename Tile> struct mma_warp {
     for (int i = threadIdx.x; i < Tile::kBlockQ * tile_qk::kChunks; i += Tile::kThreads) {
       const int r = i / tile_qk::kChunks, chunk = i % tile_qk::kChunks, query = plan.pack.quotient(w.row0 + r);
       const int64_t offset = query * a.q.stride_s + (w.row0 + r - query * plan.pack.d) * a.q.stride_h;
-      const bool valid = r < rows && chunk < chunks;
-      if (kGeneral && plan.align < 16) copy_chunk(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, valid, plan.align);
-      else cp_async<16>(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, valid);
+      const int live = r < rows ? 2 * a.dim_qk - chunk * 16 : 0; /* bytes */
+      if (kGeneral && plan.align < 16) copy_chunk(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, live, plan.align);
+      else cp_async<16>(shared + tile_qk::offset(r, chunk), src + 2 * offset + chunk * 16, live > 0);
     }
   }
   /* Keys from `key` on of K and V into the stage at `dst`. */
@@ -979,8 +961,8 @@ template <typename Tile> struct mma_warp {
     const int32_t k_stride = (int32_t)a.k.stride_s * 2, v_stride = (int32_t)a.v.stride_s * 2, keys = w.seq.len_kv - key;
     const char *k = w.k + (int64_t)key * k_stride, *v = w.v + (int64_t)key * v_stride;
     if (kGeneral && plan.align < 16) {
-      k_loader::load_unaligned(dst, k, k_stride, keys, a.dim_qk / 8, plan.align);
-      v_loader::load_unaligned(dst + Tile::kBytesK, v, v_stride, keys, a.dim_v / 8, plan.align);
+      k_loader::load_unaligned(dst, k, k_stride, keys, 2 * a.dim_qk, plan.align);
+      v_loader::load_unaligned(dst + Tile::kBytesK, v, v_stride, keys, 2 * a.dim_v, plan.align);
     } else if (key + Tile::kBlockKv <= w.full_keys) {
       k_loader::load(dst, k, k_stride);
       v_loader::load(dst + Tile::kBytesK, v, v_stride);
@@ -1151,15 +1133,15 @@ template <typename Tile> struct mma_warp {
     return softmax_reference(quad_max(lane_max(s, i, h)), scale_log2);
   }
   /* Move every row's reference up to its maximum so far and the headroom; o and l follow.
-   *   returns  false: some reference is so large that its last bit outweighs the headroom, and terms need edge_tile's cap
+   *   returns  false: some reference is so large that its last bit may take a term beyond the limit: edge_tile caps them
    *   callers  all 32 lanes, converged */
-  template <int kTiles> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2, float headroom) {
+  template <int kTiles> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTiles][4], float scale_log2) {
     bool fine = true;
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float top = fmaxf(m[i][h], reference_for(s, i, h, scale_log2) + headroom), factor = ex2(m[i][h] - top);
+        const float top = fmaxf(m[i][h], reference_for(s, i, h, scale_log2) + kHeadroom), factor = ex2(m[i][h] - top);
         m[i][h] = top;
         fine &= fabsf(top) < 67108864.f;
         l[i][h] *= factor;
@@ -1241,7 +1223,7 @@ template <typename Tile> struct mma_warp {
       if (kAhead && c + kStep < Tile::kBlockKv) gemm_qk<kStep / 8, kExact>(s[(c / kStep + 1) % 2], k_tile + (c + kStep) * Tile::kRowBytesQk);
       const auto &now = s[kAhead ? c / kStep % 2 : 0];
       if (!kTrusts && !terms_fit(now, scale_log2)) {
-        if (!raise(now, scale_log2, kHeadroomWary)) return leave_at(w, c);
+        if (!raise(now, scale_log2)) return leave_at(w, c);
         if (lane() == 0) w.trust = kWary;
       }
       early_v(early, v_tile + c * Tile::kRowBytesV);
@@ -1276,7 +1258,7 @@ template <typename Tile> struct mma_warp {
         else gemm_qk(s, k_tile + c * Tile::kRowBytesQk);
         if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
         if (key + kEdgeStep > w.full_last || key < w.full_first) mask(s, a, plan, w, key);
-        if (look) raise(s, plan.scale_log2, kHeadroom);
+        if (look) raise(s, plan.scale_log2);
         exponentiate<true>(s, p, sum, plan.scale_log2);
         again = !look && !sums_fit(sum); /* a capped sum is large, too */
         look = true;
@@ -1415,7 +1397,7 @@ template <typename Tile> struct mma_warp {
           quad_transpose(x);
           if (n * 8 >= dims) continue;
           const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
-          if (kGeneral && plan.align < 16) store_chunk(reinterpret_cast<char *>(dst + n * 8), chunk);
+          if (kGeneral && plan.align < 16) store_chunk(reinterpret_cast<char *>(dst + n * 8), chunk, dims - n * 8);
           else *reinterpret_cast<uint4 *>(dst + n * 8) = chunk;
         }
       }
@@ -1457,23 +1439,9 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
-/* Bytes that the addresses of all rows are multiples of: 16, 8, 4 or 2. */
-static int flashcore_mma_align(const flashcore_attention *a) {
-  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
-  uint64_t bits = 16;
-  for (const flashcore_tensor *t : tensors)
-    bits |= (uint64_t) reinterpret_cast<uintptr_t>(t->data) | 2u * (uint64_t)(t->stride_b | t->stride_s | t->stride_h);
-  return (int)(bits & (~bits + 1));
-}
-
 static flashcore_status flashcore_mma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
   const flashcore_status status = flashcore_check_tensor_core(a, device, "mma", 80, error);
   if (status != FLASHCORE_OK) return status;
-  const int32_t dims[2] = {a->dim_qk, a->dim_v};
-  for (int i = 0; i < 2; ++i)
-    if (dims[i] % 8)
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], 8,
-                              "%s: the mma kernel serves multiples of 8, not %d", i ? "dim_v" : "dim_qk", (int)dims[i]);
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i)
@@ -1560,7 +1528,7 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
                                            flashcore_error *error) {
   const flashcore_status status = flashcore_mma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
-  const int align = flashcore_mma_align(a);
+  const int align = flashcore_row_align(a);
   const bool general = align < 16 || flashcore_has_rule(a);
   bool found = false;
 #if !defined(FLASHCORE_NO_F16)

@@ -34,15 +34,16 @@ enum Layout {
 
 enum Data {
   DATA_NORMAL,
-  DATA_STD16,     // logits of standard deviation 16
-  DATA_RAMP,      // +10 nats every 64 keys
-  DATA_LAST,      // the last key is 20 nats above the rest
-  DATA_FIRST,     // the first key is: processed last by a kernel that goes backwards
-  DATA_HUGE,      // logits of +-2.5e5
-  DATA_CONSTANT,  // all logits equal, all values of a dim equal
-  DATA_NAN_ROW,   // one query row is NaN
-  DATA_EQUAL_4E8, // all logits of a row are equal, up to 4e8: fp32 numbers are then 32 apart, and exp2 of a rounding error overflows
-  DATA_EQUAL_3E9, // the same, up to 3e9
+  DATA_STD16,      // logits of standard deviation 16
+  DATA_RAMP,       // +10 nats every 64 keys
+  DATA_LAST,       // the last key is 20 nats above the rest
+  DATA_FIRST,      // the first key is: processed last by a kernel that goes backwards
+  DATA_HUGE,       // logits of +-2.5e5
+  DATA_CONSTANT,   // all logits equal, all values of a dim equal
+  DATA_NAN_ROW,    // one query row is NaN
+  DATA_EQUAL_4E8,  // all logits of a row are equal, up to 4e8: fp32 numbers are then 32 apart, and exp2 of a rounding error overflows
+  DATA_EQUAL_3E9,  // the same, up to 3e9
+  DATA_BACKGROUND, // the first and last key are 10 nats above the rest, which are all equal, and have positive values: their roundings add up
   DATA_COUNT
 };
 
@@ -266,11 +267,13 @@ struct Content {
 
 static __device__ inline float content_at(const Content &c, int b, int row, int head, int d, int len, int64_t address) {
   const float x = normal(c.seed * 4 + c.role, (uint64_t)address);
-  if (c.role == ROLE_V) return c.data == DATA_CONSTANT ? 1.f + (float)(d % 7) / 8.f : x;
+  const bool positive = c.data == DATA_CONSTANT || (c.data == DATA_BACKGROUND && row > 0 && row < len - 1);
+  if (c.role == ROLE_V) return positive ? 1.f + (float)(d % 7) / 8.f : x;
   if (c.data == DATA_CONSTANT) return c.role == ROLE_Q ? 1.f : 0.5f;
   if (equal_logits(c.data)) return c.role == ROLE_Q ? c.lead * (float)(16 + row % 16) / 32.f : c.step;
   if (c.data == DATA_STD16) return c.role == ROLE_Q ? 16.f * x : x;
   if (c.data == DATA_NAN_ROW) return c.role == ROLE_Q && b == c.nan_b && head == c.nan_h && row == c.nan_i ? NAN : x;
+  if (c.data == DATA_BACKGROUND && c.role == ROLE_K) return d == 0 && (row == 0 || row == len - 1) ? c.step : 0.f;
   if (c.data == DATA_NORMAL || d > 0) return x;
   if (c.role == ROLE_Q) return c.lead;
   if (c.data == DATA_RAMP) return c.step * (float)row;
@@ -500,13 +503,11 @@ inline void find_device() {
 inline bool must_serve(const Case &c, int backend) {
   if (c.broken) return false;
   if (backend == FLASHCORE_BACKEND_SIMT || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 75;
-  if (c.dtype == FLASHCORE_F32 || (c.dtype_o && c.dtype_o != c.dtype) || c.dim_qk % 8 || c.dim_v % 8) return false;
+  if (c.dtype == FLASHCORE_F32 || (c.dtype_o && c.dtype_o != c.dtype)) return false;
   if (c.page || c.splits > 1 || c.split_len) return false;
   if (backend == FLASHCORE_BACKEND_MMA) return device_arch() >= 80;
-  if (backend == FLASHCORE_BACKEND_WGMMA) {
-    const bool readable = c.layout != LAYOUT_SLICE && c.layout != LAYOUT_NEGATIVE; /* by TMA */
-    return readable && c.seq_kv > 0 && c.dim_qk <= 256 && c.dim_v <= 256 && device_arch() == 90;
-  }
+  if (backend == FLASHCORE_BACKEND_WGMMA) return c.dim_qk <= 256 && c.dim_v <= 256 && device_arch() == 90;
+  if (c.dim_qk % 8 || c.dim_v % 8) return false;
   return c.layout != LAYOUT_SLICE && c.dim_qk <= 128 && c.dim_v <= 128 && device_arch() >= (c.dtype == FLASHCORE_BF16 ? 80 : 75);
 }
 
@@ -866,6 +867,7 @@ private:
     Content content = {ROLE_Q, c.data, (uint64_t)c.seed, std::min(std::max(1.f / scale, 0.5f), 64.f), 0.f, c.batch / 2, c.heads_q / 2, 0};
     if (c.data == DATA_RAMP) content.step = 10.f / 64.f / (scale * content.lead);
     if (c.data == DATA_LAST || c.data == DATA_FIRST) content.step = 20.f / (scale * content.lead);
+    if (c.data == DATA_BACKGROUND) content.step = 10.f / (scale * content.lead);
     if (c.data == DATA_HUGE) content.lead = content.step = sqrtf(2.5e5f / scale);
     if (equal_logits(c.data)) content.lead = content.step = equal_element(c.data == DATA_EQUAL_4E8 ? 4e8f : 3e9f, scale);
     content.nan_i = len_q[(size_t)content.nan_b] / 2;

@@ -336,15 +336,15 @@ static void test_splits() {
 
 static void test_hostile_data() {
   static const char *names[DATA_COUNT] = {
-      "normal",           "logits_of_std_16", "ramp_of_10_nats_every_64_keys", "dominant_last_key",   "dominant_first_key",
-      "logits_of_250000", "all_equal",        "nan_row_stays_alone",           "equal_logits_of_4e8", "equal_logits_of_3e9"};
+      "normal",    "logits_of_std_16",    "ramp_of_10_nats_every_64_keys", "dominant_last_key",   "dominant_first_key", "logits_of_250000",
+      "all_equal", "nan_row_stays_alone", "equal_logits_of_4e8",           "equal_logits_of_3e9", "equal_background"};
   for (int data = 0; data < DATA_COUNT; ++data) {
     std::vector<Case> cases;
     for (int dtype : kTypes) {
       for (int dim : {32, 64, 128, 256}) {
         for (int causal = 0; causal < 2; ++causal) {
           Case c = sized(dtype, 2, 4, 2, 190, 517, dim);
-          c.data = data, c.causal = causal, c.sink = dim == 64, c.lengths = dim == 128 ? SEQLENS_KV : 0;
+          c.data = data, c.causal = causal && data != DATA_BACKGROUND, c.sink = dim == 64, c.lengths = dim == 128 ? SEQLENS_KV : 0;
           cases.push_back(c);
           c.seq_q = 2, c.seq_kv = 1300;
           if (dim == 64 || dim == 128) cases.push_back(c);
@@ -355,6 +355,15 @@ static void test_hostile_data() {
     }
     check(std::string("data_") + names[data], cases);
   }
+  std::vector<Case> cases; /* long enough for the background to weigh as much as the key before it */
+  for (int dtype : kTypes16) {
+    for (int dim : {64, 128, 256}) {
+      Case c = sized(dtype, 1, 2, 1, 40, 20000, dim);
+      c.data = DATA_BACKGROUND;
+      cases.push_back(c);
+    }
+  }
+  check("many_equal_keys_weigh_beside_dominant_ones", cases);
 }
 
 static void test_layouts() {
@@ -680,10 +689,9 @@ static void test_auto() {
     for (const auto &dim : dims) {
       Case c = sized(dtype, 1, 2, 1, 20, 30, dim[0]);
       c.dim_v = dim[1];
-      const bool tensor_cores = dtype != FLASHCORE_F32 && dim[0] % 8 == 0 && dim[1] % 8 == 0;
       for (int layout : {(int)LAYOUT_BSHD, (int)LAYOUT_SLICE}) {
         c.layout = layout, c.causal = layout == LAYOUT_SLICE;
-        expect(c, tensor_cores ? FLASHCORE_BACKEND_MMA : FLASHCORE_BACKEND_SIMT);
+        expect(c, dtype == FLASHCORE_F32 ? FLASHCORE_BACKEND_SIMT : FLASHCORE_BACKEND_MMA);
       }
     }
   }

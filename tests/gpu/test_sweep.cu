@@ -77,6 +77,7 @@ static Case random_case(uint32_t seed, bool tiny) {
   else if (dice.one_in(12)) c.split_len = 64 * dice.between(1, 3);
   if (dice.one_in(2)) c.layout = dice.below(LAYOUT_FAR);
   if (dice.one_in(3)) c.data = dice.below(DATA_COUNT);
+  if (c.data == DATA_BACKGROUND) c.causal = c.window = 0; // whatever the direction, a kernel meets a dominant key first
   if (equal_logits(c.data)) c.bias = BIAS_NONE, c.alibi = c.splits = c.split_len = 0;
   c.tile = dice.below(TILE_COUNT);
   if (c.tile != TILE_AUTO && dice.one_in(2)) plain(c);
