@@ -6,11 +6,11 @@
  *       to the next backend. Or launch wgmma_kernel yourself, with a score rule, a prologue for Q and an epilogue for O of your own
  *       (examples/fused_prologue_epilogue).
  *
- * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
+ * Contents                                                       backend   element type   dims (smaller ones are padded)                from
  *   1  TMA, barriers, registers: PTX wrappers                    WGMMA     f16, bf16      64, 96, 128, 192, 256, (192, 128)             sm_90a
- *   2  wgmma: descriptors, fragments, the instruction            not served: fp32, fp8, page tables, key splits, K and V without keys,
- *   3  one struct describes one kernel; hooks                    tensors that TMA cannot read (addresses and strides that are no multiples of
- *   4  which rows and keys a tile works on                       16 bytes, or negative)
+ *   2  wgmma: descriptors, fragments, the instruction            not served: fp32, fp8, page tables, key splits
+ *   3  one struct describes one kernel; hooks
+ *   4  which rows and keys a tile works on
  *   5  the producer and the planner
  *   6  the consumers' mainloop
  *   7  kernel                                                    FLASHCORE_NO_F16, FLASHCORE_NO_BF16 leave an element type out
@@ -97,13 +97,13 @@ FLASHCORE_DEVICE l2_policy l2_evict_last() {
 /* Fetch a tensor map, before the first copy needs it.   ptx  prefetch.tensormap, sm_90, PTX 8.0     callers  one thread */
 FLASHCORE_DEVICE void prefetch_tensormap(const tensor_map &map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-/* Copies of one box of a tensor of 2 to 5 dims; x0, the contiguous one, to x4: where the box begins, in elements, also below 0. Each with an L2 policy
- * as last argument, or without.
+/* Copies of one box of a tensor of 2 to 5 dims; x0, the contiguous one, to x4: where the box begins, in elements, also below 0; x0 in whole 16 bytes
+ * (an H200 takes anything else for an illegal instruction). Each with an L2 policy as last argument, or without.
  *   tma_load            global to shared memory; what lies outside the tensor arrives as zeros, and counts as bytes of the barrier
  *   tma_load_multicast  the same box to every block of the cluster whose rank is a bit of `blocks`: in its shared memory at the offset of dst, with the
  *                       bytes counted by its barrier at the offset of `barrier`
  *   tma_prefetch        global memory to L2
- *   tma_store           shared to global memory; what lies outside the tensor is not written
+ *   tma_store           shared to global memory; what lies beyond the tensor is not written; no coordinate below 0 (an illegal instruction, too)
  *   ptx      cp.async.bulk.tensor.Nd.shared::cluster.global.mbarrier::complete_tx::bytes[.multicast::cluster][.L2::cache_hint],
  *            cp.async.bulk.prefetch.tensor.Nd.L2.global[...], cp.async.bulk.tensor.Nd.global.shared::cta.bulk_group[...], sm_90, PTX 8.0
  *   shapes   dst, src: shared address, 128-aligned; with a swizzle of W bytes a tile of rows of W bytes, as swizzled_tile<W>, aligned to 8 W
@@ -381,7 +381,7 @@ struct wgmma_tile {
   static_assert(kGroups >= 2 && kGroups <= 4, "registers are shared out for these");
   static_assert(kParts == 1 || !kTrustsSums, "gemm_qk_again adds up in one part");
   /* A group skips the blocks beyond its own diagonal while it still holds one of V: the producer must get past them. */
-  static_assert(kStages > (kGroups - 1) * 64 / kBlockKv && kStages >= 2, "as many stages as groups that skip");
+  static_assert(kStages > ((kGroups - 1) * 64 + kBlockKv - 1) / kBlockKv && kStages >= 2, "more stages than blocks that a group skips");
   static_assert(kProducerRegisters * 128 + kConsumerRegisters * kGroups * 128 <= 65536, "registers of an SM");
 };
 
@@ -467,18 +467,25 @@ enum wgmma_order {
 
 /* How the plan spreads the work; passed beside the descriptor. */
 struct wgmma_schedule {
-  divisor tiles;    /* query tiles per head (of the longest sequence); kPairedTiles: pairs per head */
-  divisor heads;    /* heads_q */
-  divisor units;    /* heads_q * batch */
-  divisor group;    /* heads_q / heads_kv */
-  int32_t last;     /* the last tile of a head */
-  int32_t total;    /* tiles, or pairs, in all */
-  int32_t order;    /* wgmma_order */
-  float scale_log2; /* of the products, in log2 units; 1 in kernels with a rule, which scales itself */
-  int32_t masked;   /* causal or a window: rows see different keys */
-  int32_t ragged;   /* lengths come from the device: what follows a sequence in memory is not zeros */
+  divisor tiles;            /* query tiles per head (of the longest sequence); kPairedTiles: pairs per head */
+  divisor heads;            /* heads_q / pack: units of work per batch entry */
+  divisor units;            /* heads * batch */
+  divisor group;            /* units that share a head of K and V */
+  int32_t last;             /* the last tile of a head */
+  int32_t total;            /* tiles, or pairs, in all */
+  int32_t order;            /* wgmma_order */
+  float scale_log2;         /* of the products, in log2 units; 1 in kernels with a rule, which scales itself */
+  int32_t pack_log2;        /* query heads packed into a tile's rows: row r is query r / pack of head r % pack. A power of two: a box of Q for TMA */
+  int64_t o_step, lse_step; /* from a row to the eighth after it, in elements of O and of the LSE */
+  int32_t masked;           /* causal or a window: rows see different keys */
+  int32_t ragged;           /* lengths come from the device: what follows a sequence in memory is not zeros */
+  int32_t copy;             /* 0: TMA reads Q, K and V. Else lanes do, this many bytes (16, 8, 4, 2) at a time, in kernels with a rule alone; below
+                             * 16, O is stored by elements, too */
 
-  /* Tile and unit (head of a batch entry) that a block has in its round; false: it has none in this round, or (`done`) none any more. */
+  FLASHCORE_MEMBER int32_t query_of(int32_t row) const { return row >> pack_log2; }
+  FLASHCORE_MEMBER int32_t head_of(int32_t row) const { return row & ((1 << pack_log2) - 1); } /* of those packed */
+
+  /* Tile and unit (packed heads of a batch entry) that a block has in its round; false: it has none in this round, or (`done`) none any more. */
   FLASHCORE_MEMBER bool tile_of(int32_t round, int32_t block, int32_t blocks, int32_t &tile, int32_t &unit, bool &done) const {
     const int32_t lap = order == kPairedTiles ? round / 2 : round;
     if (order == kThereAndBack && lap % 2) block = blocks - 1 - block;
@@ -499,9 +506,11 @@ struct wgmma_schedule {
   }
 };
 
-/* The schedule of a problem (resolved) for a grid of so many blocks. general: the kernel has a rule. */
-FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, bool general, int64_t blocks) {
-  const int32_t tiles = (a.seq_q + block_q - 1) / block_q, units = a.heads_q * a.batch;
+/* The schedule of a problem (resolved) for tiles of block_q rows and a grid of so many blocks.
+ *   pack     1, or a power of two up to 64 that divides heads_q / heads_kv
+ *   general  the kernel has a rule */
+FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, int32_t pack, bool general, int64_t blocks) {
+  const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack, units = heads * a.batch;
   wgmma_schedule s;
   /* There and back, the blocks read many heads at once, and few tiles share what comes from memory. Measured on the H200, as ratios to cuDNN: 128
    * rows of 256 dims want pairs (1.16, not 1.00, at 2048 keys), 256 rows of 64 dims do not (1.34, not 1.30, at 8192: the last round is 3 % idle). */
@@ -509,19 +518,25 @@ FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a
   const bool pair = 2 * units > blocks || (a.dim_qk > 128 && 20 * pairs >= 19 * rounds * blocks);
   s.order = a.causal == FLASHCORE_CAUSAL_NONE ? kHeadsInTurn : pair ? kPairedTiles : kThereAndBack;
   s.tiles = make_divisor(s.order == kPairedTiles ? (tiles + 1) / 2 : tiles);
-  s.heads = make_divisor(a.heads_q);
+  s.pack_log2 = 0;
+  while (1 << s.pack_log2 < pack) ++s.pack_log2;
+  s.o_step = pack <= 8 ? 8 / pack * a.o.stride_s : 8 * a.o.stride_h;
+  s.lse_step = pack <= 8 ? 8 / pack : (int64_t)8 * a.seq_q;
+  s.heads = make_divisor(heads);
   s.units = make_divisor(units);
-  s.group = make_divisor(a.heads_q / a.heads_kv);
+  s.group = make_divisor(heads / a.heads_kv);
   s.last = tiles - 1;
   s.total = s.tiles.d * units;
   s.scale_log2 = general ? 1.f : flashcore_scale_log2(a.scale);
   s.masked = a.causal || a.window_left < FLASHCORE_UNBOUNDED || a.window_right < FLASHCORE_UNBOUNDED;
   s.ragged = a.cu_seqlens_kv || a.seqlens_kv;
+  s.copy = 0;
   return s;
 }
 
 struct wgmma_work {
-  int32_t batch, head, row0; /* row0: the tile's first */
+  int32_t batch, head; /* head: the first of those packed */
+  int32_t row0, rows;  /* the tile's first row; rows of the sequence, live ones: len_q * pack */
   int32_t len_q, len_kv;
   int32_t q_row, kv_row; /* of the sequence's first query and key within the tensors that TMA reads */
   int32_t begin, end;    /* blocks of keys that some row of the tile sees */
@@ -535,18 +550,22 @@ struct alignas(16) wgmma_walk {
   int32_t last_edges;  /* at its end */
   int32_t keys;        /* of the first block, before those that are not zeros but belong to another sequence */
   int32_t begin;       /* the block that comes last */
-  int32_t row;         /* the warp's first query */
-  int64_t o, lse;      /* offsets of its first row, in elements */
+  int32_t row;         /* the warp's first row */
+  int64_t o, lse;      /* offsets of that row, in elements */
   wgmma_work tile;
 };
 
-/* Blocks of keys that some of the rows [row, row + rows) see; at least one, so that every tile is a walk. Rows past the end count as the last. */
+/* The keys that a row sees; rows past the end count as the last. */
+FLASHCORE_DEVICE flashcore_range wgmma_keys_of(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int row) {
+  return flashcore_visible_keys(&a, plan.query_of(min(row, w.rows - 1)), w.len_q, w.len_kv);
+}
+/* Blocks of keys that some of the rows [row, row + rows) see; at least one, so that every tile is a walk. */
 template <typename Tile>
 FLASHCORE_DEVICE flashcore_range wgmma_blocks(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int row, int rows) {
   flashcore_range r = {0, w.len_kv};
   if (plan.masked) {
-    r.first = flashcore_visible_keys(&a, min(row, w.len_q - 1), w.len_q, w.len_kv).first;
-    r.last = flashcore_visible_keys(&a, row < w.len_q ? min(row + rows, w.len_q) - 1 : w.len_q - 1, w.len_q, w.len_kv).last;
+    r.first = wgmma_keys_of(a, plan, w, row).first;
+    r.last = wgmma_keys_of(a, plan, w, row < w.rows ? row + rows - 1 : row).last;
   }
   r.last = max(1, (r.last + Tile::kBlockKv - 1) / Tile::kBlockKv);
   r.first = min(r.first / Tile::kBlockKv, r.last - 1);
@@ -557,12 +576,13 @@ FLASHCORE_DEVICE flashcore_range wgmma_blocks(const flashcore_attention &a, cons
 template <typename Tile>
 FLASHCORE_DEVICE bool wgmma_find_work(const flashcore_attention &a, const wgmma_schedule &plan, int32_t tile, int32_t unit, wgmma_work &w) {
   w.batch = plan.heads.quotient(unit);
-  w.head = unit - w.batch * plan.heads.d;
+  w.head = (unit - w.batch * plan.heads.d) << plan.pack_log2;
   w.row0 = tile * Tile::kBlockQ;
   const flashcore_sequence seq = flashcore_sequence_at(&a, w.batch);
   w.len_q = seq.len_q;
   w.len_kv = seq.len_kv;
-  if (w.row0 >= w.len_q) return false;
+  w.rows = w.len_q << plan.pack_log2;
+  if (w.row0 >= w.rows) return false;
   w.q_row = a.cu_seqlens_q ? flashcore_clamp(a.cu_seqlens_q[w.batch], 0, a.total_q) : 0;
   w.kv_row = a.cu_seqlens_kv ? flashcore_clamp(a.cu_seqlens_kv[w.batch], 0, a.total_kv) : 0;
   const flashcore_range blocks = wgmma_blocks<Tile>(a, plan, w, w.row0, Tile::kBlockQ);
@@ -578,8 +598,6 @@ FLASHCORE_DEVICE void wgmma_find_walk(const flashcore_attention &a, const wgmma_
                                       wgmma_walk &walk) {
   walk.tile = w;
   walk.row = w.row0 + warp_row;
-  walk.o = (a.cu_seqlens_q ? 0 : w.batch * a.o.stride_b) + (int64_t)(w.q_row + w.row0 + warp_row) * a.o.stride_s + w.head * a.o.stride_h;
-  walk.lse = ((int64_t)w.batch * a.heads_q + w.head) * a.seq_q + w.row0 + warp_row;
   const int end = max(w.begin + 1, wgmma_blocks<Tile>(a, plan, w, w.row0 + group_row, 64).last);
   walk.blocks = end - w.begin;
   walk.skip = w.end - end;
@@ -587,11 +605,14 @@ FLASHCORE_DEVICE void wgmma_find_walk(const flashcore_attention &a, const wgmma_
   walk.keys = plan.ragged ? min(w.len_kv - (end - 1) * Tile::kBlockKv, Tile::kBlockKv) : Tile::kBlockKv;
   flashcore_range all = {0, w.len_kv};
   if (plan.masked) {
-    all.first = flashcore_visible_keys(&a, min(w.row0 + warp_row + 15, w.len_q - 1), w.len_q, w.len_kv).first;
-    all.last = flashcore_visible_keys(&a, min(w.row0 + warp_row, w.len_q - 1), w.len_q, w.len_kv).last;
+    all.first = wgmma_keys_of(a, plan, w, walk.row + 15).first;
+    all.last = wgmma_keys_of(a, plan, w, walk.row).last;
   }
   walk.first_edges = max(end - max(all.last, 0) / Tile::kBlockKv, 0);
   walk.last_edges = max((all.first + Tile::kBlockKv - 1) / Tile::kBlockKv - w.begin, 0);
+  const int query = plan.query_of(walk.row), head = w.head + plan.head_of(walk.row);
+  walk.o = (a.cu_seqlens_q ? 0 : w.batch * a.o.stride_b) + (int64_t)(w.q_row + query) * a.o.stride_s + head * a.o.stride_h;
+  walk.lse = ((int64_t)w.batch * a.heads_q + head) * a.seq_q + query;
 }
 
 /* The block's next tile, which the producer and the planner find on their own; round: -1 to begin with. False: there is none. */
@@ -662,37 +683,72 @@ template <typename Tile> struct wgmma_shared {
  * 5  The producer and the planner
  * ================================================================================================================================ */
 
-/* Wait until a stage is free, then have TMA fill it: [kColumns / 64][kRows][64].   callers  a warp, converged */
+/* An input as the producer reads it. */
+struct wgmma_input {
+  const tensor_map &map;
+  const flashcore_tensor &x;
+  int32_t dim, rows; /* rows: of the tensor; what lies beyond them arrives as zeros */
+};
+/* Rows [row, row + kRows) of a tensor that TMA cannot read, `align` bytes at a time. A lane has chunk lane % 8 of every fourth row.
+ *   callers  a warp, converged */
 template <int kColumns, int kRows>
-FLASHCORE_DEVICE void wgmma_fill(uint32_t dst, const tensor_map &map, uint32_t full, uint32_t free, uint32_t parity, int row, int head, int batch) {
+FLASHCORE_DEVICE void wgmma_copy(uint32_t dst, const wgmma_input &from, int align, uint32_t full, int row, int head, int batch) {
+  const int row0 = (int)threadIdx.x % 32 / 8, chunk = threadIdx.x % 8, rows = from.rows - row;
+#pragma unroll 1
+  for (int d = 0; d < kColumns; d += 64) {
+    const int64_t offset = batch * from.x.stride_b + (row + row0) * from.x.stride_s + head * from.x.stride_h + d + 8 * chunk;
+    const char *src = static_cast<const char *>(from.x.data) + 2 * offset;
+    const int live = 2 * (from.dim - d - 8 * chunk);
+#pragma unroll 1
+    for (int r = row0; r < kRows; r += 4, src += 8 * from.x.stride_s)
+      copy_chunk(dst + d * kRows * 2 + swizzled_tile<128>::offset(r, chunk), src, r < rows ? live : 0, align);
+  }
+  cp_async_wait_all();
+  fence_proxy_async();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(full);
+}
+/* Wait until a stage is free, then fill it: [kColumns / 64][kRows][64].   copy: see wgmma_schedule     callers  a warp, converged */
+template <int kColumns, int kRows>
+FLASHCORE_DEVICE void wgmma_fill(uint32_t dst, const wgmma_input &from, int copy, uint32_t full, uint32_t free, uint32_t parity, int row, int head,
+                                 int batch) {
   mbarrier_wait(free, parity ^ 1u);
+  if (copy) return wgmma_copy<kColumns, kRows>(dst, from, copy, full, row, head, batch);
   if (threadIdx.x % 32 == 0) {
     mbarrier_arrive_expect_tx(full, kColumns * kRows * 2);
 #pragma unroll
-    for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, map, full, d, row, head, batch);
+    for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, from.map, full, d, 0, row, head, batch);
   }
   __syncwarp();
 }
 
-/* All Q, K and V of the block's tiles.   callers  one warp, converged */
-template <typename Tile>
-FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_maps &maps, uint32_t shared) {
+/* All Q, K and V of the block's tiles.   callers  warp 0, converged; where there are copies to make, warps 0, 2 and 3: one for each tensor */
+template <typename Tile, bool kCopies>
+FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_maps &maps, uint32_t shared, int warp) {
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  const flashcore_extents extents = flashcore_extents_of(&a);
+  const wgmma_input q_in = {maps.q, a.q, a.dim_qk, (int32_t)extents.rows_q}, k_in = {maps.k, a.k, a.dim_qk, (int32_t)extents.rows_kv},
+                    v_in = {maps.v, a.v, a.dim_v, (int32_t)extents.rows_kv};
+  const int copy = kCopies ? plan.copy : 0;
+  const bool for_q = !copy || warp == 0, for_k = !copy || warp == 2, for_v = !copy || warp == 3;
   wgmma_ring<Tile::kQStages> q = {0, 0};
   wgmma_ring<Tile::kStages> kv = {0, 0}; /* K and V have barriers of their own, but go through the stages alike */
   wgmma_work w;
   for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w);) {
-    const int q_batch = a.cu_seqlens_q ? 0 : w.batch, kv_batch = a.cu_seqlens_kv ? 0 : w.batch, kv_head = plan.group.quotient(w.head);
-    for (int wg = 0; wg < Tile::kGroups; ++wg)
-      wgmma_fill<Tile::kColumnsQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, maps.q, barriers.q_full(q.stage, wg),
-                                       barriers.q_free(q.stage, wg), q.parity, w.q_row + w.row0 + 64 * wg, w.head, q_batch);
+    const int q_batch = a.cu_seqlens_q ? 0 : w.batch, kv_batch = a.cu_seqlens_kv ? 0 : w.batch;
+    const int unit = w.head >> plan.pack_log2, kv_head = plan.group.quotient(unit);
+    for (int wg = 0; for_q && wg < Tile::kGroups; ++wg)
+      wgmma_fill<Tile::kColumnsQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, q_in, copy, barriers.q_full(q.stage, wg),
+                                       barriers.q_free(q.stage, wg), q.parity, w.q_row + plan.query_of(w.row0 + 64 * wg), unit, q_batch);
     q = q.next();
     for (int j = w.end - 1; j >= w.begin; --j) {
       const int row = w.kv_row + j * Tile::kBlockKv;
-      wgmma_fill<Tile::kColumnsQk, Tile::kBlockKv>(shared + Tile::kOffsetK + kv.stage * Tile::kBytesK, maps.k, barriers.k_full(kv.stage),
-                                                   barriers.k_free(kv.stage), kv.parity, row, kv_head, kv_batch);
-      wgmma_fill<Tile::kColumnsV, Tile::kBlockKv>(shared + Tile::kOffsetV + kv.stage * Tile::kBytesV, maps.v, barriers.v_full(kv.stage),
-                                                  barriers.v_free(kv.stage), kv.parity, row, kv_head, kv_batch);
+      if (for_k)
+        wgmma_fill<Tile::kColumnsQk, Tile::kBlockKv>(shared + Tile::kOffsetK + kv.stage * Tile::kBytesK, k_in, copy, barriers.k_full(kv.stage),
+                                                     barriers.k_free(kv.stage), kv.parity, row, kv_head, kv_batch);
+      if (for_v)
+        wgmma_fill<Tile::kColumnsV, Tile::kBlockKv>(shared + Tile::kOffsetV + kv.stage * Tile::kBytesV, v_in, copy, barriers.v_full(kv.stage),
+                                                    barriers.v_free(kv.stage), kv.parity, row, kv_head, kv_batch);
       kv = kv.next();
     }
   }
@@ -729,12 +785,11 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
   using T = typename Tile::T;
   using tile_row = swizzled_tile<128>;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
-  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move: the largest term is then 2^-kHeadroom, exact, and all
-   * that count are normal in f16. Up to 2^kLimit no term overflows. */
-  static constexpr float kHeadroom = 4.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
-  static constexpr float kHeadroomWary = 7.f;                                 /* where a reference had to move, and may have to again */
-  static constexpr float kLargeReference = 16384.f;                           /* its last bit is 2^-10: more than the rounding of a term to f16 */
-  static constexpr int kWaryBlocks = 8; /* so many blocks after a sum was too large, maxima are looked at first */
+  /* A reference is put above the row's maximum by a headroom, so that it seldom has to move. f16 has no exponents to spend on that: its terms are
+   * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows. */
+  static constexpr float kHeadroom = element<T>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr float kLargeReference = 16384.f; /* its last bit is 2^-10: more than the rounding of a term to f16 */
+  static constexpr int kWaryBlocks = 8;             /* so many blocks after a sum was too large, maxima are looked at first */
 
   static constexpr bool kTrustsSums = Tile::kTrustsSums && !Rule::kActive;
 
@@ -898,12 +953,13 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* The score rule on every element: raw products become logits in log2 units (scale_log2 is 1 from then on). Rows past the end count as the last,
    * keys too: they are masked later, but a rule may read memory. */
-  __forceinline__ __device__ void apply_rule(const flashcore_attention &a, const wgmma_walk &w, int j) {
+  __forceinline__ __device__ void apply_rule(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int j) {
     const wgmma_work &tile = w.tile;
     if (tile.len_kv == 0) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      score_position at = {tile.batch, tile.head, min(row_of(w, h), tile.len_q - 1), 0, tile.len_q, tile.len_kv};
+      const int row = min(row_of(w, h), tile.rows - 1);
+      score_position at = {tile.batch, tile.head + plan.head_of(row), plan.query_of(row), 0, tile.len_q, tile.len_kv};
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
 #pragma unroll
@@ -914,11 +970,11 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     }
   }
   /* Edge blocks only: -inf where a row does not see a key. */
-  __forceinline__ __device__ void mask(const flashcore_attention &a, const wgmma_walk &w, int j) {
+  __forceinline__ __device__ void mask(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int j) {
     const wgmma_work &tile = w.tile;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const flashcore_range r = flashcore_visible_keys(&a, min(row_of(w, h), tile.len_q - 1), tile.len_q, tile.len_kv);
+      const flashcore_range r = wgmma_keys_of(a, plan, tile, row_of(w, h));
       const int base = j * kBlockKv + 2 * (lane() % 4), begin = r.first - base, end = r.last - base;
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
@@ -934,7 +990,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     for (int n = 1; n < kTilesS; ++n) x0 = fmaxf(x0, s[n][2 * h]), x1 = fmaxf(x1, s[n][2 * h + 1]);
     return fmaxf(x0, x1);
   }
-  /* Where a term would be larger than 2^kLimit, move the reference of every row up to its maximum and kHeadroomWary; l follows, o by `factor`.
+  /* Where a term would be larger than 2^kLimit, move the reference of every row up to its maximum and the headroom; l follows, o by `factor`.
    *   returns  whether it moved
    *   callers  all 32 lanes, converged */
   __forceinline__ __device__ bool look(float scale_log2) {
@@ -943,7 +999,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     if (__all_sync(0xffffffffu, fits)) return false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float higher = fmaxf(m[h], softmax_reference(quad_max(top[h]), scale_log2) + kHeadroomWary);
+      const float higher = fmaxf(m[h], softmax_reference(quad_max(top[h]), scale_log2) + kHeadroom);
       factor[h] = ex2(m[h] - higher);
       m[h] = higher;
       l[h] *= factor[h];
@@ -958,7 +1014,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     if (__any_sync(0xffffffffu, overflowed) || has_unusual_reference()) return false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float higher = fmaxf(m[h], m[h] + softmax_log2(quad_max(lane_max(h))) + kHeadroomWary);
+      const float higher = fmaxf(m[h], m[h] + softmax_log2(quad_max(lane_max(h))) + kHeadroom);
       factor[h] = ex2(m[h] - higher);
       m[h] = higher;
       l[h] *= factor[h];
@@ -998,18 +1054,18 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     if (wary == 0 && !__all_sync(0xffffffffu, m[0] > FLASHCORE_EMPTY_MAX && m[1] > FLASHCORE_EMPTY_MAX)) wary = 1;
   }
   /* s of block j becomes probabilities, with a look at the maxima first; sum as above.   returns  whether the reference moved */
-  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_walk &w, int j, bool edge, float (&sum)[2],
-                                                        float scale_log2) {
-    if constexpr (Rule::kActive) apply_rule(a, w, j);
-    if (edge) mask(a, w, j);
-    const bool moved = look(scale_log2);
-    exponentiate_any(sum, scale_log2);
+  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int j,
+                                                        bool edge, float (&sum)[2]) {
+    if constexpr (Rule::kActive) apply_rule(a, plan, w, j);
+    if (edge) mask(a, plan, w, j);
+    const bool moved = look(plan.scale_log2);
+    exponentiate_any(sum, plan.scale_log2);
     return moved;
   }
   /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
   __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int blocks, bool edge) {
-    if constexpr (Rule::kActive) apply_rule(a, w, w.begin + blocks - 1);
-    if (edge) mask(a, w, w.begin + blocks - 1);
+    if constexpr (Rule::kActive) apply_rule(a, plan, w, w.begin + blocks - 1);
+    if (edge) mask(a, plan, w, w.begin + blocks - 1);
     const float top[2] = {quad_max(lane_max(0)), quad_max(lane_max(1))};
 #pragma unroll
     for (int h = 0; h < 2; ++h) m[h] = fmaxf(softmax_reference(top[h], plan.scale_log2) + kHeadroom, FLASHCORE_EMPTY_MAX);
@@ -1048,7 +1104,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       if (ending) wait_v(at);
       gemm_pv(accumulate);
     }
-    if (ending) finish(a, last);
+    if (ending) finish(a, plan, last);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<kPvFirst ? 0 : 1>();
       take_s();
@@ -1058,7 +1114,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     wgmma_pin(o);
     if (ending) {
       release_v(at);
-      store(a, last);
+      store(a, plan, last);
     }
     if (!Tile::kOverlapsTiles) {
       if (starting) first = start_tile(a, next.tile, skip);
@@ -1108,7 +1164,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
         if (blind) exponentiate<false>(sum, scale_log2);
         if (!kTrustsSums) {
           release_k(next);
-          moved = look_and_exponentiate(a, w, w.begin + left - 1, edge, sum, scale_log2);
+          moved = look_and_exponentiate(a, plan, w, w.begin + left - 1, edge, sum);
         }
         wgmma_wait<0>();
         wgmma_pin(o);
@@ -1119,7 +1175,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
             if (!moved) {
               if (blind) gemm_qk_again(next);
               wary = blind ? kWaryBlocks : max(wary - 1, 0);
-              moved = look_and_exponentiate(a, w, w.begin + left - 1, edge, sum, scale_log2);
+              moved = look_and_exponentiate(a, plan, w, w.begin + left - 1, edge, sum);
             }
           }
           __syncwarp();
@@ -1145,31 +1201,35 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
   /* ---- the end of a tile ---- */
 
   /* Row sums over the quad, sink, LSE; `inverse`. */
-  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_walk &w) {
-    const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])}, sink = a.sink ? a.sink[w.tile.head] : 0.f;
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
+    const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])};
     float lse[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
+    for (int h = 0; h < 2; ++h) {
+      const float sink = a.sink ? a.sink[w.tile.head + plan.head_of(row_of(w, h))] : 0.f;
       inverse[h] = softmax_finish({sum[h] == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum[h]}, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]);
-    float *const dst = a.lse + w.lse + lane() / 4;
+    }
+    const int row = lane() / 4;
+    float *const dst = a.lse + w.lse + plan.query_of(row) + (int64_t)plan.head_of(row) * a.seq_q;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (a.lse && lane() % 4 == 0 && row_of(w, h) < w.tile.len_q) dst[8 * h] = lse[h];
+      if (a.lse && lane() % 4 == 0 && row_of(w, h) < w.tile.rows) dst[h * plan.lse_step] = lse[h];
   }
   /* O of live rows and dims. The lanes of a quad trade words, so that each has 8 dims in a row: of four column tiles, lane t gets tile t. */
-  __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_walk &w) {
-    const int column = lane() % 4 * 8, rows = w.tile.len_q - w.row - lane() / 4; /* to come, this lane's first included */
-    const int64_t offset = w.o + lane() / 4 * a.o.stride_s + column;
+  __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
+    const int column = lane() % 4 * 8, row = lane() / 4, rows = w.tile.rows - w.row - row; /* to come, this lane's first included */
+    const int64_t first = w.o + plan.query_of(row) * a.o.stride_s + plan.head_of(row) * a.o.stride_h + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int64_t row = offset + 8 * h * a.o.stride_s;
+      const int64_t offset = first + h * plan.o_step;
       if constexpr (Epilogue::kActive) {
         float x[kTilesO / 4][8];
 #pragma unroll
         for (int i = 0; i < kTilesO / 4; ++i) quad_gather(x[i], 4 * i, h);
-        if (8 * h < rows) epilogue(a, x, wgmma_output{w.tile.batch, w.tile.head, row_of(w, h), column, row});
+        if (8 * h < rows)
+          epilogue(a, x, wgmma_output{w.tile.batch, w.tile.head + plan.head_of(row_of(w, h)), plan.query_of(row_of(w, h)), column, offset});
       } else {
-        T *const dst = static_cast<T *>(a.o.data) + row;
+        T *const dst = static_cast<T *>(a.o.data) + offset;
         const int dims = 8 * h < rows ? a.dim_v - column : 0;
 #pragma unroll
         for (int n = 0; n < kTilesO; n += 4) {
@@ -1177,8 +1237,11 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 #pragma unroll
           for (int t = 0; t < 4; ++t) x[t] = pack2<T>(o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
           quad_transpose(x);
+          if (n * 8 >= dims) continue;
+          const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);
           /* WHY __stcs: a plain store of 16 bytes was compiled to four of 4, and O is not read again soon. */
-          if (n * 8 < dims) __stcs(reinterpret_cast<uint4 *>(dst + n * 8), make_uint4(x[0], x[1], x[2], x[3]));
+          if (Rule::kActive && plan.copy && plan.copy < 16) store_chunk(reinterpret_cast<char *>(dst + n * 8), chunk, dims - n * 8);
+          else __stcs(reinterpret_cast<uint4 *>(dst + n * 8), chunk);
         }
       }
     }
@@ -1219,8 +1282,8 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
   const int warp_index = warp_uniform((int)threadIdx.x / 32); /* WHY: a branch that the compiler sees to be uniform leaves uniform registers usable */
   if (warp_index < 4) {
     setmaxnreg_dec<Tile::kProducerRegisters>();
-    if (warp_index == 0) wgmma_produce<Tile>(a, plan, maps, shared);
-    else if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
+    if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
+    else if (warp_index == 0 || (Rule::kActive && plan.copy)) wgmma_produce<Tile, Rule::kActive>(a, plan, maps, shared, warp_index);
   } else {
     setmaxnreg_inc<Tile::kConsumerRegisters>();
     wgmma_warp<Tile, Rule, Prologue, Epilogue> warp(block, shared, rule, prologue, epilogue);
@@ -1236,36 +1299,50 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__)
 
-/* A tensor as TMA sees it: (dim, row, head, batch). */
+/* A tensor as TMA sees it: (dim, head of those packed, row, unit, batch). */
 struct wgmma_view {
   const char *field; /* of the descriptor */
   flashcore_tensor tensor;
-  int64_t dim, rows, heads, batch;
+  int64_t dim, pack, rows, units, batch;
 };
 struct wgmma_views {
-  wgmma_view q, k, v, o;
+  wgmma_view q, k, v;
 };
-static inline wgmma_views wgmma_views_of(const flashcore_attention &a) {
+static inline wgmma_views wgmma_views_of(const flashcore_attention &a, int pack) {
   const flashcore_extents e = flashcore_extents_of(&a);
-  return {{"q", a.q, a.dim_qk, e.rows_q, a.heads_q, e.batch_q},
-          {"k", a.k, a.dim_qk, e.rows_kv, a.heads_kv, e.batch_kv},
-          {"v", a.v, a.dim_v, e.rows_kv, a.heads_kv, e.batch_kv},
-          {"o", a.o, a.dim_v, e.rows_q, a.heads_q, e.batch_q}};
+  return {{"q", a.q, a.dim_qk, pack, e.rows_q, a.heads_q / pack, e.batch_q},
+          {"k", a.k, a.dim_qk, 1, e.rows_kv, a.heads_kv, e.batch_kv},
+          {"v", a.v, a.dim_v, 1, e.rows_kv, a.heads_kv, e.batch_kv}};
 }
 
+/* How a problem (resolved) is loaded: 0, by TMA, which wants 16-byte steps that are not negative and less than 2^40 bytes, and a row to read; else
+ * the bytes that lanes copy at a time (see wgmma_schedule). */
+static inline int32_t wgmma_copy_of(const flashcore_attention &a) {
+  const int32_t align = flashcore_row_align(&a);
+  const wgmma_views views = wgmma_views_of(a, 1);
+  const wgmma_view *inputs[3] = {&views.q, &views.k, &views.v};
+  bool by_tma = align == 16;
+  for (const wgmma_view *x : inputs) {
+    const int64_t steps[3] = {x->tensor.stride_b, x->tensor.stride_s, x->tensor.stride_h};
+    for (const int64_t step : steps) by_tma &= step >= 0 && step < (int64_t)1 << 39;
+    by_tma &= x->rows > 0;
+  }
+  return by_tma ? 0 : align;
+}
+
+static inline void *wgmma_find_encoder() {
+  cudaDriverEntryPointQueryResult result;
+  void *function = nullptr;
+#if CUDART_VERSION >= 12050
+  const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+  return code == cudaSuccess && result == cudaDriverEntryPointSuccess ? function : nullptr;
+}
 /* cuTensorMapEncodeTiled from the driver that is loaded; NULL where it has none. Looked for once. */
 static inline decltype(&cuTensorMapEncodeTiled) wgmma_encoder() {
-  static void *found = nullptr;
-  if (!found) {
-    cudaDriverEntryPointQueryResult result;
-    void *function = nullptr;
-#if CUDART_VERSION >= 12050
-    const cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-#else
-    const cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-    if (code == cudaSuccess && result == cudaDriverEntryPointSuccess) found = function;
-  }
+  static void *const found = wgmma_find_encoder();
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
@@ -1275,43 +1352,77 @@ static inline CUresult wgmma_encode(const wgmma_view &x, int32_t dtype, int rows
   const auto encode = wgmma_encoder();
   if (!encode) return CUDA_ERROR_NOT_FOUND;
   const auto bytes = [](int64_t stride, int64_t extent) { return (cuuint64_t)(extent > 1 ? 2 * stride : 16); };
-  const cuuint64_t sizes[4] = {(cuuint64_t)x.dim, (cuuint64_t)x.rows, (cuuint64_t)x.heads, (cuuint64_t)x.batch};
-  const cuuint64_t strides[3] = {bytes(x.tensor.stride_s, x.rows), bytes(x.tensor.stride_h, x.heads), bytes(x.tensor.stride_b, x.batch)};
-  const cuuint32_t box[4] = {64, (cuuint32_t)rows, 1, 1}, steps[4] = {1, 1, 1, 1};
-  return encode(reinterpret_cast<CUtensorMap *>(&map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+  const cuuint64_t sizes[5] = {(cuuint64_t)x.dim, (cuuint64_t)x.pack, (cuuint64_t)x.rows, (cuuint64_t)x.units, (cuuint64_t)x.batch};
+  const cuuint64_t strides[4] = {bytes(x.tensor.stride_h, x.pack), bytes(x.tensor.stride_s, x.rows), bytes(x.pack * x.tensor.stride_h, x.units),
+                                 bytes(x.tensor.stride_b, x.batch)};
+  const cuuint32_t box[5] = {64, (cuuint32_t)x.pack, (cuuint32_t)(rows / x.pack), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
+  return encode(reinterpret_cast<CUtensorMap *>(&map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
                 x.tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-/* The maps of a problem (resolved) for tiles of block_kv keys.
- *   errors   CUDA_ERROR_NOT_FOUND: the driver does not encode maps; CUDA_ERROR_INVALID_VALUE: TMA cannot read a tensor (see flashcore_supported) */
-static inline CUresult make_wgmma_maps(const flashcore_attention &a, int block_kv, wgmma_maps &maps) {
-  const wgmma_views views = wgmma_views_of(a);
-  CUresult code = wgmma_encode(views.q, a.dtype, 64, maps.q);
-  if (code == CUDA_SUCCESS) code = wgmma_encode(views.k, a.dtype, block_kv, maps.k);
-  if (code == CUDA_SUCCESS) code = wgmma_encode(views.v, a.dtype, block_kv, maps.v);
+/* What wgmma_kernel gets besides its hooks. */
+struct wgmma_arguments {
+  flashcore_attention a;
+  wgmma_schedule plan;
+  wgmma_maps maps;
+};
+/* For a problem (resolved), a tile, so many heads packed, a kernel with or without a rule, so many blocks, and wgmma_copy_of(a).
+ *   errors   CUDA_ERROR_NOT_FOUND: the driver does not encode maps; else what its cuTensorMapEncodeTiled says */
+static inline CUresult make_wgmma_arguments(const flashcore_attention &a, int block_q, int block_kv, int pack, bool general, int64_t blocks,
+                                            int32_t copy, wgmma_arguments &x) {
+  x.a = a;
+  x.plan = make_wgmma_schedule(a, block_q, pack, general, blocks);
+  x.plan.copy = copy;
+  x.maps = {};
+  if (copy) return CUDA_SUCCESS;
+  const wgmma_views views = wgmma_views_of(a, pack);
+  CUresult code = wgmma_encode(views.q, a.dtype, 64, x.maps.q);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.k, a.dtype, block_kv, x.maps.k);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.v, a.dtype, block_kv, x.maps.v);
   return code;
 }
 
-/* Launch a kernel of your own: wgmma_kernel with your rule, prologue and epilogue. Asynchronous.
- *   a        as kernels expect it: scale set, window_left and window_right FLASHCORE_UNBOUNDED where there is no window
- *   errors   cudaErrorInvalidValue: TMA cannot read Q, K or V (see flashcore_supported), or the driver is too old; else what CUDA says */
+/* Does this file hold the kernel's body for the current device? Compiled for plain sm_90 it does not, which the list of archs does not tell; but then
+ * it has no shared memory of its own. */
+static inline cudaError_t wgmma_find_body(const void *kernel) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  return error == cudaSuccess && attributes.sharedSizeBytes == 0 ? cudaErrorNoKernelImageForDevice : error;
+}
+
+/* Launch a kernel of your own: wgmma_kernel with your rule, prologue and epilogue. Asynchronous, on the current device.
+ *   problem  a descriptor; a rule of your own sees its options, nothing else does (softcap, bias and the like are descriptor_rule's)
+ *   errors   cudaErrorInvalidValue: another element type or larger dims than the tile's, a page table, key splits, too many tiles, the driver is too
+ *            old, or without a rule, rows of Q, K, V, O that are not 16-byte aligned, or strides that TMA does not know (see wgmma_copy_of);
+ *            cudaErrorNoKernelImageForDevice: not compiled for sm_90a; else what CUDA says */
 template <typename Tile, typename Rule = no_rule, typename Prologue = no_prologue, typename Epilogue = no_epilogue>
-static inline cudaError_t wgmma_launch(const flashcore_attention &a, cudaStream_t stream, const Rule &rule = {}, const Prologue &prologue = {},
+static inline cudaError_t wgmma_launch(const flashcore_attention &problem, cudaStream_t stream, const Rule &rule = {}, const Prologue &prologue = {},
                                        const Epilogue &epilogue = {}) {
-  const auto kernel = wgmma_kernel<Tile, Rule, Prologue, Epilogue>;
+  const void *const kernel = reinterpret_cast<const void *>(&wgmma_kernel<Tile, Rule, Prologue, Epilogue>);
+  flashcore_attention a, stored;
+  flashcore_resolve(&problem, &a);
+  stored = a;
+  if (Epilogue::kActive) stored.o = a.q; /* where O goes is the epilogue's business */
+  const int32_t dtype = element<typename Tile::T>::kDtype, copy = wgmma_copy_of(stored);
+  const int64_t tiles = (int64_t)((a.seq_q + Tile::kBlockQ - 1) / Tile::kBlockQ) * a.heads_q * a.batch;
+  if (a.dtype != dtype || a.dtype_kv != dtype || a.dim_qk > Tile::kHeadDimQk || a.dim_v > Tile::kHeadDimV || a.page_table || a.num_splits > 1 ||
+      a.split_len > 0 || tiles < 1 || tiles > INT32_MAX / 2 || (copy && !Rule::kActive))
+    return cudaErrorInvalidValue;
   int device = 0, sms = 0;
-  wgmma_maps maps;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+  if (error == cudaSuccess) error = wgmma_find_body(kernel);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
-  if (make_wgmma_maps(a, Tile::kBlockKv, maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  const int64_t tiles = (int64_t)((a.seq_q + Tile::kBlockQ - 1) / Tile::kBlockQ) * a.heads_q * a.batch, blocks = tiles < sms ? tiles : sms;
-  const wgmma_schedule plan = make_wgmma_schedule(a, Tile::kBlockQ, Rule::kActive, blocks);
-  kernel<<<(unsigned)blocks, Tile::kThreads, Tile::kSharedBytes, stream>>>(a, plan, maps, rule, prologue, epilogue);
-  return cudaGetLastError();
+  const int64_t blocks = tiles < sms ? tiles : sms;
+  wgmma_arguments x;
+  if (make_wgmma_arguments(a, Tile::kBlockQ, Tile::kBlockKv, 1, Rule::kActive, blocks, copy, x) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  Rule own_rule = rule;
+  Prologue own_prologue = prologue;
+  Epilogue own_epilogue = epilogue;
+  void *args[6] = {&x.a, &x.plan, &x.maps, &own_rule, &own_prologue, &own_epilogue};
+  return cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3(Tile::kThreads), args, Tile::kSharedBytes, stream);
 }
 #endif
 
@@ -1323,30 +1434,7 @@ static inline cudaError_t wgmma_launch(const flashcore_attention &a, cudaStream_
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
-/* 16-byte addresses, and for inputs strides that TMA knows: not negative, less than 2^40 bytes. */
-static flashcore_status flashcore_wgmma_check_tensor(const flashcore::wgmma_view *x, bool is_input, flashcore_error *error) {
-  const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(x->tensor.data), limit = ((int64_t)1 << 39) - 8;
-  if (address % 16)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, address, 16, "%s: the wgmma kernel needs a 16-byte aligned address",
-                            x->field);
-  const struct {
-    const char *name;
-    int64_t stride, extent;
-  } steps[3] = {{"stride_b", x->tensor.stride_b, x->batch}, {"stride_s", x->tensor.stride_s, x->rows}, {"stride_h", x->tensor.stride_h, x->heads}};
-  for (const auto &step : steps) {
-    if (step.extent <= 1) continue;
-    if (step.stride % 8)
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, 8,
-                              "%s.%s: the wgmma kernel needs a multiple of 8 elements, not %lld", x->field, step.name, (long long)step.stride);
-    if (is_input && (step.stride < 0 || step.stride > limit))
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, step.stride, limit,
-                              "%s.%s: the wgmma kernel needs 0 to 2^39 - 8 elements, not %lld", x->field, step.name, (long long)step.stride);
-  }
-  if (x->rows > INT32_MAX)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, x->rows, INT32_MAX, "%s: the wgmma kernel takes 2^31 - 1 rows, not %lld",
-                            x->field, (long long)x->rows);
-  return FLASHCORE_OK;
-}
+enum { FLASHCORE_WGMMA_COPY, FLASHCORE_WGMMA_GENERAL }; /* of flashcore_plan.param */
 
 static flashcore_status flashcore_wgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
   flashcore_status status = flashcore_check_tensor_core(a, device, "wgmma", 90, error);
@@ -1354,18 +1442,17 @@ static flashcore_status flashcore_wgmma_check(const flashcore_attention *a, cons
   if (device->arch != 90)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
                             "the wgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
-  if (a->seq_kv == 0) return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1, "seq_kv: the wgmma kernel needs a key");
   const int32_t dims[2] = {a->dim_qk, a->dim_v};
   for (int i = 0; i < 2; ++i)
-    if (dims[i] % 8 || dims[i] > 256)
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], dims[i] % 8 ? 8 : 256,
-                              "%s: the wgmma kernel serves multiples of 8 up to 256, not %d", i ? "dim_v" : "dim_qk", (int)dims[i]);
-  const flashcore::wgmma_views views = flashcore::wgmma_views_of(*a);
-  const flashcore::wgmma_view *inputs_and_o[4] = {&views.q, &views.k, &views.v, &views.o};
-  for (const flashcore::wgmma_view *view : inputs_and_o) {
-    status = flashcore_wgmma_check_tensor(view, view != &views.o, error);
-    if (status != FLASHCORE_OK) return status;
-  }
+    if (dims[i] > 256)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], 256, "%s: the wgmma kernel serves up to 256, not %d",
+                              i ? "dim_v" : "dim_qk", (int)dims[i]);
+  const flashcore::wgmma_views views = flashcore::wgmma_views_of(*a, 1);
+  const flashcore::wgmma_view *inputs[2] = {&views.q, &views.k};
+  for (const flashcore::wgmma_view *x : inputs)
+    if (x->rows > INT32_MAX)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, x->rows, INT32_MAX,
+                              "%s: the wgmma kernel takes 2^31 - 1 rows, not %lld", x->field, (long long)x->rows);
   return FLASHCORE_OK;
 }
 
@@ -1414,18 +1501,30 @@ static void flashcore_wgmma_select(const flashcore_attention *a, const flashcore
   else flashcore_wgmma_pick<T, 256, 256>(a, device, general, plan);
 }
 
-/* Does this file hold the kernel's body? Compiled for plain sm_90 it does not, which the list of archs does not tell; but then it has no shared
- * memory of its own. Where no device can be asked, the launch will say. */
-static bool flashcore_wgmma_has_body(const void *kernel) {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.sharedSizeBytes > 0;
+/* Query heads to pack into the rows of a tile: as many as save an eighth of the tiles, and no more. A power of two that divides the group. */
+static int flashcore_wgmma_pack(const flashcore_attention *a, int64_t block_q) {
+  const int64_t group = a->heads_q / a->heads_kv;
+  int best = 1;
+  const auto tiles = [&](int64_t pack) { return (a->seq_q * pack + block_q - 1) / block_q * (group / pack); };
+  if (a->q.stride_h >= (int64_t)1 << 33) return 1; /* times 64, TMA would not know it */
+  for (int64_t pack = 2; pack <= 64 && group % pack == 0 && a->seq_q * pack <= FLASHCORE_MAX_SEQ; pack *= 2)
+    if (8 * tiles(pack) < 7 * tiles(best)) best = (int)pack;
+  return best;
+}
+
+/* Known to be compiled for plain sm_90 only? A device that is not current is not asked: the launch will say. */
+static bool flashcore_wgmma_lacks_body(const void *kernel, const flashcore_device *device) {
+  int current;
+  return cudaGetDevice(&current) == cudaSuccess && current == device->ordinal &&
+         flashcore::wgmma_find_body(kernel) == cudaErrorNoKernelImageForDevice;
 }
 
 static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                              flashcore_error *error) {
   const flashcore_status status = flashcore_wgmma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
-  const bool general = flashcore_has_rule(a);
+  const int32_t copy = flashcore::wgmma_copy_of(*a);
+  const bool general = copy || flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_F16)
   if (a->dtype == FLASHCORE_F16) flashcore_wgmma_select<__half>(a, device, general, plan);
 #endif
@@ -1435,36 +1534,45 @@ static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const
   if (!plan->kernel)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the wgmma kernel was compiled without type %d",
                             (int)a->dtype);
-  if (!flashcore_wgmma_has_body(plan->kernel))
+  if (flashcore_wgmma_lacks_body(plan->kernel, device))
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 90,
                             "the wgmma kernel was compiled for sm_90: it needs sm_90a (-gencode arch=compute_90a,code=sm_90a)");
   flashcore_description *d = &plan->d;
-  const int64_t heads = (int64_t)a->heads_q * a->batch, tiles = (a->seq_q + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
-  if (heads > most)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", heads, most, "batch * heads_q is %lld: the wgmma kernel takes %lld of %lld tiles",
-                            (long long)heads, (long long)most, (long long)tiles);
+  d->packed_group = copy ? 1 : flashcore_wgmma_pack(a, d->block_q);
+  const int64_t units = (int64_t)a->heads_q / d->packed_group * a->batch, rows = (int64_t)a->seq_q * d->packed_group;
+  const int64_t tiles = (rows + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
+  if (units > most)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", units, most, "batch * heads_q is %lld: the wgmma kernel takes %lld of %lld tiles",
+                            (long long)units, (long long)most, (long long)tiles);
   d->backend = FLASHCORE_BACKEND_WGMMA;
-  d->splits = d->packed_group = 1;
-  /* Measured on the H200 beside the mma kernel: few keys, tiles with few rows, or tiles for few of the SMs. */
-  plan->is_slow = a->seq_kv < 256 || 2 * (int64_t)a->seq_q < d->block_q || 4 * heads * a->seq_q < 3 * (int64_t)device->sm_count * d->block_q;
-  d->grid = tiles * heads < device->sm_count ? tiles * heads : device->sm_count;
+  d->splits = 1;
+  plan->param[FLASHCORE_WGMMA_COPY] = copy;
+  plan->param[FLASHCORE_WGMMA_GENERAL] = general;
+  /* Measured on the H200 beside the mma kernel: few keys, or not many for tiles with few rows or for few of the SMs; or copies, which three warps do
+   * not make as fast. */
+  plan->is_slow = (copy && d->head_dim_v <= 128) || a->seq_kv < 256 ||
+                  (a->seq_kv < 1024 && (2 * rows < d->block_q || 4 * units * rows < 3 * (int64_t)device->sm_count * d->block_q));
+  d->grid = tiles * units < device->sm_count ? tiles * units : device->sm_count;
   snprintf(d->kernel, sizeof d->kernel, "wgmma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk,
-           (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv, general ? " general" : "");
+           (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv,
+           copy      ? " general, copied"
+           : general ? " general"
+                     : "");
   return FLASHCORE_OK;
 }
 
 static flashcore_status flashcore_wgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                                flashcore_error *error) {
-  flashcore_attention args = *a;
-  flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, flashcore_has_rule(a), plan->d.grid);
-  flashcore::wgmma_maps maps;
-  const CUresult code = flashcore::make_wgmma_maps(*a, plan->d.block_kv, maps);
+  flashcore::wgmma_arguments x;
+  const CUresult code =
+      flashcore::make_wgmma_arguments(*a, plan->d.block_q, plan->d.block_kv, plan->d.packed_group, plan->param[FLASHCORE_WGMMA_GENERAL] != 0,
+                                      plan->d.grid, plan->param[FLASHCORE_WGMMA_COPY], x);
   if (code != CUDA_SUCCESS)
     return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", code, CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", (int)code);
   flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
   flashcore::no_prologue prologue;
   flashcore::no_epilogue epilogue;
-  void *kernel_args[6] = {&args, &schedule, &maps, &rule, &prologue, &epilogue};
+  void *kernel_args[6] = {&x.a, &x.plan, &x.maps, &rule, &prologue, &epilogue};
   return flashcore_launch(plan, kernel_args, stream, error);
 }
 

@@ -65,23 +65,29 @@ static __half *random_elements(uint32_t seed) {
 int main() {
   __half *const q = random_elements(1), *const k = random_elements(2), *const v = random_elements(3), *const o = random_elements(4);
   struct shape {
-    int batch, heads, seq, dim;
+    int batch, heads, seq, dim, heads_kv = heads, seq_kv = seq;
   };
   std::vector<shape> shapes = {{1, 8, 512, 64},  {2, 8, 256, 64},    {2, 8, 512, 64},   {32, 8, 128, 64},  {32, 8, 512, 64},
                                {1, 96, 512, 64}, {16, 16, 2048, 64}, {1, 32, 512, 128}, {1, 32, 2048, 128}};
   for (int dim : {64, 96, 128, 192, 256})
     for (int seq = 512; seq <= 16384; seq *= 2) shapes.push_back({16384 / seq, 2048 / dim, seq, dim});
+  for (const shape &x : {shape{4, 32, 64, 128, 8, 4096}, shape{8, 64, 16, 128, 8, 4096}, shape{4, 28, 40, 128, 4, 4096},
+                         shape{16, 32, 128, 64, 4, 2048}, shape{4, 32, 100, 256, 4, 4096}, shape{2, 32, 300, 128, 8, 4096},
+                         shape{8, 32, 1, 128, 8, 4096}, shape{1, 32, 1, 128, 8, 16384}, shape{4, 64, 7, 64, 8, 1024}})
+    shapes.push_back(x); /* few queries, many keys: heads that share K and V share tiles */
   for (const shape &x : shapes)
     for (int causal = 0; causal < 2; ++causal) {
       flashcore_attention a;
       flashcore_init(&a);
       a.dtype = FLASHCORE_F16;
-      a.batch = x.batch, a.heads_q = a.heads_kv = x.heads, a.seq_q = a.seq_kv = x.seq, a.dim_qk = a.dim_v = x.dim, a.causal = causal;
+      a.batch = x.batch, a.heads_q = x.heads, a.heads_kv = x.heads_kv, a.seq_q = x.seq, a.seq_kv = x.seq_kv;
+      a.dim_qk = a.dim_v = x.dim, a.causal = causal;
       a.q = flashcore_bshd(q, x.seq, x.heads, x.dim);
-      a.k = flashcore_bshd(k, x.seq, x.heads, x.dim);
-      a.v = flashcore_bshd(v, x.seq, x.heads, x.dim);
+      a.k = flashcore_bshd(k, x.seq_kv, x.heads_kv, x.dim);
+      a.v = flashcore_bshd(v, x.seq_kv, x.heads_kv, x.dim);
       a.o = flashcore_bshd(o, x.seq, x.heads, x.dim);
-      const std::string name = format("pick_is_near_the_fastest_b%d_h%d_s%d_d%d%s", x.batch, x.heads, x.seq, x.dim, causal ? "_causal" : "");
+      const std::string keys = x.seq_kv == x.seq ? "" : format("_over_h%d_s%d", x.heads_kv, x.seq_kv);
+      const std::string name = format("pick_is_near_the_fastest_b%d_h%d_s%d_d%d", x.batch, x.heads, x.seq, x.dim) + keys + (causal ? "_causal" : "");
       current_case() = name;
       const std::string wrong = judge(a);
       report().expect(name, wrong.empty(), wrong);

@@ -13,9 +13,9 @@
 #include <vector>
 
 /* Every tile once; returns the most work of a block over the mean, in blocks of 64 keys and the start and end of a tile. */
-static double walk(const flashcore_attention &a, int block_q, int blocks) {
-  const flashcore::wgmma_schedule s = flashcore::make_wgmma_schedule(a, block_q, false, blocks);
-  const int tiles = (a.seq_q + block_q - 1) / block_q, units = a.batch * a.heads_q;
+static double walk(const flashcore_attention &a, int block_q, int blocks, int pack = 1) {
+  const flashcore::wgmma_schedule s = flashcore::make_wgmma_schedule(a, block_q, pack, false, blocks);
+  const int tiles = (a.seq_q * pack + block_q - 1) / block_q, units = a.batch * a.heads_q / pack;
   std::vector<int> taken((size_t)tiles * units);
   double most = 0, sum = 0;
   for (int block = 0; block < blocks; ++block) {
@@ -45,6 +45,8 @@ static void every_tile_is_taken_once() {
             flashcore_attention a = accepted(300);
             a.causal = causal, a.seq_q = a.seq_kv = seq, a.batch = 1, a.heads_q = a.heads_kv = units, a.dim_qk = a.dim_v = dim;
             walk(a, block_q, std::min(132, (seq + block_q - 1) / block_q * units));
+            a.heads_q *= 4;
+            walk(a, block_q, std::min(132, (4 * seq + block_q - 1) / block_q * units), 4);
           }
 }
 
@@ -56,6 +58,26 @@ static void causal_blocks_have_about_the_same_work() { /* batch * seq = 16384, h
       const double worst = walk(a, dim == 64 ? 256 : dim == 128 && seq > 1024 ? 192 : 128, 132);
       if (!CHECK(worst < 1.05)) printf("  dim %d, seq %d: %.3f\n", dim, seq, worst);
     }
+}
+
+static void heads_are_packed_where_that_saves_tiles() {
+  const struct {
+    int heads_q, heads_kv, seq_q, seq_kv, dim, pack;
+  } cases[] = {
+      {32, 8, 1, 4096, 128, 4},   {32, 8, 32, 4096, 128, 4},  {32, 8, 64, 4096, 128, 2},  {32, 8, 128, 4096, 128, 1},
+      {32, 8, 130, 4096, 128, 4}, {32, 32, 16, 4096, 128, 1}, {28, 4, 16, 4096, 128, 1},  {24, 2, 16, 4096, 128, 4},
+      {128, 1, 1, 4096, 128, 64}, {256, 1, 3, 4096, 64, 32},  {32, 8, 4096, 4096, 64, 1}, {32, 8, 1100, 4096, 64, 1},
+  };
+  for (const auto &x : cases) {
+    flashcore_attention a = accepted(300);
+    flashcore_plan plan;
+    a.heads_q = x.heads_q, a.heads_kv = x.heads_kv, a.seq_q = x.seq_q, a.seq_kv = x.seq_kv, a.dim_qk = a.dim_v = x.dim;
+    a.q = flashcore_bshd((void *)4096, x.seq_q, x.heads_q, x.dim), a.o = flashcore_bshd((void *)8192, x.seq_q, x.heads_q, x.dim);
+    a.k = a.v = flashcore_bshd((void *)16384, x.seq_kv, x.heads_kv, x.dim);
+    if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_WGMMA, &plan, nullptr) == FLASHCORE_OK && plan.d.packed_group == x.pack))
+      printf("  %d over %d heads, %d queries: %d packed, tiles of %d rows\n", x.heads_q, x.heads_kv, x.seq_q, (int)plan.d.packed_group,
+             (int)plan.d.block_q);
+  }
 }
 
 static void rows_of_a_tile_fit_the_grid() {
@@ -76,17 +98,42 @@ static void rows_of_a_tile_fit_the_grid() {
   }
 }
 
+/* What TMA cannot read is copied by lanes, in pieces as large as all addresses and rows allow. */
+static void loaders_are_a_ladder() {
+  const struct {
+    const char *name;
+    void (*change)(flashcore_attention &);
+    int copy;
+  } cases[] = {
+      {"aligned", [](flashcore_attention &) {}, 0},
+      {"broadcast heads", [](flashcore_attention &a) { a.k.stride_h = 0; }, 0},
+      {"padded rows", [](flashcore_attention &a) { a.q.stride_s += 8; }, 0},
+      {"backwards", [](flashcore_attention &a) { a.q.stride_s = -a.q.stride_s; }, 16},
+      {"no keys", [](flashcore_attention &a) { a.seq_kv = 0; }, 16},
+      {"a huge step", [](flashcore_attention &a) { a.v.stride_b = (int64_t)1 << 39; }, 16},
+      {"address of 8", [](flashcore_attention &a) { a.v.data = (void *)4104; }, 8},
+      {"stride of 4", [](flashcore_attention &a) { a.o.stride_s += 4; }, 8},
+      {"dim of 62", [](flashcore_attention &a) { a.dim_qk = 62; }, 4},
+      {"odd dim", [](flashcore_attention &a) { a.dim_v = 33; }, 2},
+      {"odd address", [](flashcore_attention &a) { a.k.data = (void *)4098; }, 2},
+      {"a stride that no one steps along", [](flashcore_attention &a) { a.batch = 1, a.q.stride_b = 3; }, 0},
+  };
+  for (const auto &x : cases) {
+    flashcore_attention a = accepted(300);
+    flashcore_plan plan;
+    x.change(a);
+    if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_WGMMA, &plan, nullptr) == FLASHCORE_OK && plan.param[FLASHCORE_WGMMA_COPY] == x.copy))
+      printf("  %s: %d bytes\n", x.name, (int)plan.param[FLASHCORE_WGMMA_COPY]);
+  }
+}
+
 static const refusal refusals[] = {
     {"fp32", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, 0},
     {"Ada", [](flashcore_attention &) {}, 89, FLASHCORE_UNSUPPORTED_ARCH, "device", 89, 90},
     {"splits", [](flashcore_attention &a) { a.num_splits = 3; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", 3, 1},
-    {"no keys", [](flashcore_attention &a) { a.seq_kv = 0; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1},
-    {"dim 60", [](flashcore_attention &a) { a.dim_qk = 60; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_qk", 60, 8},
     {"dim 264", [](flashcore_attention &a) { a.dim_v = 264; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_v", 264, 256},
-    {"address", [](flashcore_attention &a) { a.v.data = (void *)4104; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "v", 4104, 16},
-    {"odd stride", [](flashcore_attention &a) { a.o.stride_s += 4; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "o", 2 * 64 + 4, 8},
-    {"backwards", [](flashcore_attention &a) { a.q.stride_s = -a.q.stride_s; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "q", -2 * 64,
-     ((int64_t)1 << 39) - 8},
+    {"pages", [](flashcore_attention &a) { a.page_table = (const int32_t *)4096, a.page_size = 300, a.num_pages = 2, a.page_table_stride_b = 1; }, 90,
+     FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0},
 };
 
 static void refusals_name_the_field_and_the_kernel() {
@@ -96,7 +143,9 @@ static void refusals_name_the_field_and_the_kernel() {
 int main() {
   RUN(every_tile_is_taken_once);
   RUN(causal_blocks_have_about_the_same_work);
+  RUN(heads_are_packed_where_that_saves_tiles);
   RUN(rows_of_a_tile_fit_the_grid);
+  RUN(loaders_are_a_ladder);
   RUN(refusals_name_the_field_and_the_kernel);
   return check_end();
 }
