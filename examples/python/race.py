@@ -5,11 +5,12 @@
     python3 examples/python/race.py --small --csv small.csv             short problems, in microseconds
     python3 examples/python/race.py --grouped                           grouped queries: several query heads share a head of K and V, bf16, causal
     python3 examples/python/race.py --dims 64 --seqs 512,4096 --causal yes --dtype bf16 --backend wmma
+    python3 examples/python/race.py --steady                            each contender alone, until the chip is as hot as it gets
     python3 examples/python/race.py --l4                                FlashCore in an L4's shared memory, the peers not limited
 
 Needs PyTorch with CUDA and nvcc. Every contender reads the same (batch, seq, heads, dim) tensors of normal random numbers; SDPA gets them as transposed
 views. Each output is compared with fp64 math on sampled rows in the same run. Times are CUDA-graph replays between events, contenders in turn, median of
-rounds. TFLOP/s = 4 batch heads seq^2 dim / time, half of it when causal. A ratio is FlashCore's speed over the peer's. Exit code 1: a wrong output.
+rounds; with --steady, 0.1 s of replays after 0.3 s of the same. TFLOP/s = 4 batch heads seq^2 dim / time, half of it when causal. A ratio is FlashCore's speed over the peer's. Exit code 1: a wrong output.
 
 --l4: FlashCore takes the tiles that it takes where an SM has 100 KiB of shared memory, and asks for so much per block that only as many blocks share
 an SM as would on an L4; registers, clocks, bandwidth and the number of SMs stay this GPU's. The peers keep all of its shared memory.
@@ -95,8 +96,9 @@ def capture(function, launches):
     return graph
 
 
-def race(functions, small, rounds):
-    """name -> median microseconds per launch. Small: 20 replays of a graph of 20 launches; else about 10 ms of replays a round."""
+def race(functions, small, rounds, steady=False):
+    """name -> median microseconds per launch. A round is 20 replays of a graph of 20 launches if small, else of 10 ms; if steady, there is one, of 0.1 s,
+    after 0.3 s of the same."""
     graphs, replays = {}, {}
     for name, function in functions.items():
         for _ in range(3):
@@ -104,11 +106,13 @@ def race(functions, small, rounds):
         once = elapsed_ms(function, 3) / 3
         launches = 20 if small else max(1, min(20, int(2 / once)))
         graphs[name] = (capture(function, launches), launches)
-        replays[name] = 20 if small else max(1, round(10 / (once * launches)))
+        replays[name] = 20 if small else max(1, round((100 if steady else 10) / (once * launches)))
         elapsed_ms(graphs[name][0].replay, replays[name])
     times = {name: [] for name in functions}
-    for _ in range(rounds):
+    for _ in range(1 if steady else rounds):
         for name, (graph, launches) in graphs.items():
+            if steady:
+                elapsed_ms(graph.replay, 3 * replays[name])
             times[name].append(1e3 * elapsed_ms(graph.replay, replays[name]) / (replays[name] * launches))
     return {name: statistics.median(t) for name, t in times.items()}
 
@@ -120,7 +124,7 @@ def run_shape(shape, args):
     q, k, v = (torch.randn(batch, seq, n, dim, device="cuda", dtype=DTYPES[args.dtype]) for n in (heads, heads_kv, heads_kv))
     functions, what = contenders(q, k, v, causal, args)
     errors = {name: sample_error(f(), q, k, v, causal) for name, f in functions.items()}
-    us = race(functions, args.small, args.rounds)
+    us = race(functions, args.small, args.rounds, args.steady)
     flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
     label = heads if heads == heads_kv else f"{heads}/{heads_kv}"
     return {"shape": (batch, label, seq, dim, causal), "us": us, "tflops": {n: flop / t * 1e-6 for n, t in us.items()}, "errors": errors,
@@ -182,6 +186,7 @@ def main():
     parser.add_argument("--also", nargs="*", choices=flashcore.BACKENDS, default=[], help="other backends of FlashCore, in the same race")
     parser.add_argument("--l4", action="store_true", help="FlashCore in an L4's shared memory, 100 KiB per SM: its tiles and its number of blocks per SM; "
                                                           "the peers are not limited")
+    parser.add_argument("--steady", action="store_true", help="each contender alone and hot, instead of in turn")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--csv")
     args = parser.parse_args()
