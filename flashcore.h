@@ -1246,7 +1246,7 @@ typedef struct flashcore_plan {
   const void *kernel;      /* as cudaLaunchKernel takes it */
   size_t workspace_bytes;
   int32_t param[8]; /* the backend's own */
-  int32_t is_slow;  /* for so small a problem another backend is faster, if one serves it */
+  int32_t is_slow;  /* another backend is faster at this problem (a small one, or an unaligned one), if one serves it */
 } flashcore_plan;
 
 typedef struct flashcore_backend_ops {

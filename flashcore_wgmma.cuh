@@ -36,7 +36,11 @@
  *   work_full[tile & 1]   a lane per consumer warp   all consumer warps  (tile / 2) & 1      which rows and keys the tile has
  *   work_free[tile & 1]   1 per consumer warp        the planner         (tile / 2 & 1) ^ 1  the tile is done
  *   kGroupBarrier + wg    128 threads of group wg    the same            -                   the tail rows of a V block are zero
- *   __syncthreads         the block                  the block           -                   the barriers exist                               */
+ *   __syncthreads         the block                  the block           -                   the barriers exist
+ * Where lanes copy (wgmma_schedule::copy), three producers share the tensors out, and arrive on q_, k_, v_full without bytes, behind a proxy fence. */
+#if defined(FLASHCORE_WGMMA_PARTS_ONLY) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+#error "include flashcore_wgmma.cuh before flashcore_fp8.cuh, which takes its building blocks alone"
+#endif
 #ifndef FLASHCORE_WGMMA_CUH
 #define FLASHCORE_WGMMA_CUH
 #include "flashcore.h"
@@ -103,7 +107,8 @@ FLASHCORE_DEVICE void prefetch_tensormap(const tensor_map &map) { asm volatile("
  *   tma_load_multicast  the same box to every block of the cluster whose rank is a bit of `blocks`: in its shared memory at the offset of dst, with the
  *                       bytes counted by its barrier at the offset of `barrier`
  *   tma_prefetch        global memory to L2
- *   tma_store           shared to global memory; what lies beyond the tensor is not written; no coordinate below 0 (an illegal instruction, too)
+ *   tma_store           shared to global memory; what lies beyond the tensor is not written, but a row ends at whole 16 bytes (H200); no
+ *                       coordinate is below 0 (another illegal instruction)
  *   ptx      cp.async.bulk.tensor.Nd.shared::cluster.global.mbarrier::complete_tx::bytes[.multicast::cluster][.L2::cache_hint],
  *            cp.async.bulk.prefetch.tensor.Nd.L2.global[...], cp.async.bulk.tensor.Nd.global.shared::cta.bulk_group[...], sm_90, PTX 8.0
  *   shapes   dst, src: shared address, 128-aligned; with a swizzle of W bytes a tile of rows of W bytes, as swizzled_tile<W>, aligned to 8 W
@@ -507,7 +512,7 @@ struct wgmma_schedule {
 };
 
 /* The schedule of a problem (resolved) for tiles of block_q rows and a grid of so many blocks.
- *   pack     1, or a power of two up to 64 that divides heads_q / heads_kv
+ *   pack     1, or a power of two up to 64 that divides heads_q / heads_kv (wgmma_pack_of); 1 beside a prologue, or where lanes copy
  *   general  the kernel has a rule */
 FLASHCORE_INLINE wgmma_schedule make_wgmma_schedule(const flashcore_attention &a, int32_t block_q, int32_t pack, bool general, int64_t blocks) {
   const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack, units = heads * a.batch;
@@ -565,7 +570,7 @@ FLASHCORE_DEVICE flashcore_range wgmma_blocks(const flashcore_attention &a, cons
   flashcore_range r = {0, w.len_kv};
   if (plan.masked) {
     r.first = wgmma_keys_of(a, plan, w, row).first;
-    r.last = wgmma_keys_of(a, plan, w, row < w.rows ? row + rows - 1 : row).last;
+    r.last = wgmma_keys_of(a, plan, w, row + rows - 1).last;
   }
   r.last = max(1, (r.last + Tile::kBlockKv - 1) / Tile::kBlockKv);
   r.first = min(r.first / Tile::kBlockKv, r.last - 1);
@@ -688,6 +693,7 @@ struct wgmma_input {
   const tensor_map &map;
   const flashcore_tensor &x;
   int32_t dim, rows; /* rows: of the tensor; what lies beyond them arrives as zeros */
+  bool packed;       /* the map has a dim for the packed heads */
 };
 /* Rows [row, row + kRows) of a tensor that TMA cannot read, `align` bytes at a time. A lane has chunk lane % 8 of every fourth row.
  *   callers  a warp, converged */
@@ -716,8 +722,13 @@ FLASHCORE_DEVICE void wgmma_fill(uint32_t dst, const wgmma_input &from, int copy
   if (copy) return wgmma_copy<kColumns, kRows>(dst, from, copy, full, row, head, batch);
   if (threadIdx.x % 32 == 0) {
     mbarrier_arrive_expect_tx(full, kColumns * kRows * 2);
+    if (from.packed) {
 #pragma unroll
-    for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, from.map, full, d, 0, row, head, batch);
+      for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, from.map, full, d, 0, row, head, batch);
+    } else {
+#pragma unroll
+      for (int d = 0; d < kColumns; d += 64) tma_load(dst + d * kRows * 2, from.map, full, d, row, head, batch);
+    }
   }
   __syncwarp();
 }
@@ -727,8 +738,8 @@ template <typename Tile, bool kCopies>
 FLASHCORE_DEVICE void wgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_maps &maps, uint32_t shared, int warp) {
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
   const flashcore_extents extents = flashcore_extents_of(&a);
-  const wgmma_input q_in = {maps.q, a.q, a.dim_qk, (int32_t)extents.rows_q}, k_in = {maps.k, a.k, a.dim_qk, (int32_t)extents.rows_kv},
-                    v_in = {maps.v, a.v, a.dim_v, (int32_t)extents.rows_kv};
+  const wgmma_input q_in = {maps.q, a.q, a.dim_qk, (int32_t)extents.rows_q, plan.pack_log2 > 0},
+                    k_in = {maps.k, a.k, a.dim_qk, (int32_t)extents.rows_kv, false}, v_in = {maps.v, a.v, a.dim_v, (int32_t)extents.rows_kv, false};
   const int copy = kCopies ? plan.copy : 0;
   const bool for_q = !copy || warp == 0, for_k = !copy || warp == 2, for_v = !copy || warp == 3;
   wgmma_ring<Tile::kQStages> q = {0, 0};
@@ -1282,8 +1293,8 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
   const int warp_index = warp_uniform((int)threadIdx.x / 32); /* WHY: a branch that the compiler sees to be uniform leaves uniform registers usable */
   if (warp_index < 4) {
     setmaxnreg_dec<Tile::kProducerRegisters>();
-    if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
-    else if (warp_index == 0 || (Rule::kActive && plan.copy)) wgmma_produce<Tile, Rule::kActive>(a, plan, maps, shared, warp_index);
+    if (warp_index == 0 || (Rule::kActive && plan.copy && warp_index != 1)) wgmma_produce<Tile, Rule::kActive>(a, plan, maps, shared, warp_index);
+    else if (warp_index == 1) wgmma_plan_tiles<Tile>(a, plan, block, shared);
   } else {
     setmaxnreg_inc<Tile::kConsumerRegisters>();
     wgmma_warp<Tile, Rule, Prologue, Epilogue> warp(block, shared, rule, prologue, epilogue);
@@ -1299,7 +1310,7 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__)
 
-/* A tensor as TMA sees it: (dim, head of those packed, row, unit, batch). */
+/* A tensor as TMA sees it: (dim, row, unit, batch), and behind dim the head of those packed, where there are more than one. */
 struct wgmma_view {
   const char *field; /* of the descriptor */
   flashcore_tensor tensor;
@@ -1351,36 +1362,42 @@ static inline CUresult wgmma_encode(const wgmma_view &x, int32_t dtype, int rows
   static_assert(sizeof(tensor_map) == sizeof(CUtensorMap), "the driver's type");
   const auto encode = wgmma_encoder();
   if (!encode) return CUDA_ERROR_NOT_FOUND;
-  const auto bytes = [](int64_t stride, int64_t extent) { return (cuuint64_t)(extent > 1 ? 2 * stride : 16); };
-  const cuuint64_t sizes[5] = {(cuuint64_t)x.dim, (cuuint64_t)x.pack, (cuuint64_t)x.rows, (cuuint64_t)x.units, (cuuint64_t)x.batch};
-  const cuuint64_t strides[4] = {bytes(x.tensor.stride_h, x.pack), bytes(x.tensor.stride_s, x.rows), bytes(x.pack * x.tensor.stride_h, x.units),
-                                 bytes(x.tensor.stride_b, x.batch)};
-  const cuuint32_t box[5] = {64, (cuuint32_t)x.pack, (cuuint32_t)(rows / x.pack), 1, 1}, steps[5] = {1, 1, 1, 1, 1};
-  return encode(reinterpret_cast<CUtensorMap *>(&map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-                x.tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  cuuint64_t sizes[5] = {(cuuint64_t)x.dim}, strides[4];
+  cuuint32_t box[5] = {64}, rank = 1;
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  const auto add = [&](int64_t extent, int64_t stride, int64_t taken) {
+    sizes[rank] = (cuuint64_t)extent;
+    strides[rank - 1] = (cuuint64_t)(extent > 1 ? 2 * stride : 16);
+    box[rank++] = (cuuint32_t)taken;
+  };
+  if (x.pack > 1) add(x.pack, x.tensor.stride_h, x.pack);
+  add(x.rows, x.tensor.stride_s, rows / x.pack);
+  add(x.units, x.pack * x.tensor.stride_h, 1);
+  add(x.batch, x.tensor.stride_b, 1);
+  return encode(reinterpret_cast<CUtensorMap *>(&map), dtype == FLASHCORE_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                rank, x.tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-/* What wgmma_kernel gets besides its hooks. */
-struct wgmma_arguments {
-  flashcore_attention a;
-  wgmma_schedule plan;
-  wgmma_maps maps;
-};
-/* For a problem (resolved), a tile, so many heads packed, a kernel with or without a rule, so many blocks, and wgmma_copy_of(a).
+/* The maps of a problem (resolved) for tiles of block_kv keys and so many packed heads.
  *   errors   CUDA_ERROR_NOT_FOUND: the driver does not encode maps; else what its cuTensorMapEncodeTiled says */
-static inline CUresult make_wgmma_arguments(const flashcore_attention &a, int block_q, int block_kv, int pack, bool general, int64_t blocks,
-                                            int32_t copy, wgmma_arguments &x) {
-  x.a = a;
-  x.plan = make_wgmma_schedule(a, block_q, pack, general, blocks);
-  x.plan.copy = copy;
-  x.maps = {};
-  if (copy) return CUDA_SUCCESS;
+static inline CUresult make_wgmma_maps(const flashcore_attention &a, int block_kv, int pack, wgmma_maps &maps) {
   const wgmma_views views = wgmma_views_of(a, pack);
-  CUresult code = wgmma_encode(views.q, a.dtype, 64, x.maps.q);
-  if (code == CUDA_SUCCESS) code = wgmma_encode(views.k, a.dtype, block_kv, x.maps.k);
-  if (code == CUDA_SUCCESS) code = wgmma_encode(views.v, a.dtype, block_kv, x.maps.v);
+  CUresult code = wgmma_encode(views.q, a.dtype, 64, maps.q);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.k, a.dtype, block_kv, maps.k);
+  if (code == CUDA_SUCCESS) code = wgmma_encode(views.v, a.dtype, block_kv, maps.v);
   return code;
+}
+
+/* Query heads to pack into the rows of a tile: as many as save an eighth of the tiles, and no more. A power of two that divides the group. */
+static inline int wgmma_pack_of(const flashcore_attention &a, int64_t block_q) {
+  const int64_t group = a.heads_q / a.heads_kv;
+  int best = 1;
+  const auto tiles = [&](int64_t pack) { return (a.seq_q * pack + block_q - 1) / block_q * (group / pack); };
+  if (a.q.stride_h >= (int64_t)1 << 33) return 1; /* times 64, TMA would not know it */
+  for (int64_t pack = 2; pack <= 64 && group % pack == 0 && a.seq_q * pack <= FLASHCORE_MAX_SEQ; pack *= 2)
+    if (8 * tiles(pack) < 7 * tiles(best)) best = (int)pack;
+  return best;
 }
 
 /* Does this file hold the kernel's body for the current device? Compiled for plain sm_90 it does not, which the list of archs does not tell; but then
@@ -1390,11 +1407,16 @@ static inline cudaError_t wgmma_find_body(const void *kernel) {
   const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   return error == cudaSuccess && attributes.sharedSizeBytes == 0 ? cudaErrorNoKernelImageForDevice : error;
 }
+/* Known to have none? A device that is not current is not asked: the launch will say. */
+static inline bool wgmma_lacks_body(const void *kernel, int ordinal) {
+  int current;
+  return cudaGetDevice(&current) == cudaSuccess && current == ordinal && wgmma_find_body(kernel) == cudaErrorNoKernelImageForDevice;
+}
 
 /* Launch a kernel of your own: wgmma_kernel with your rule, prologue and epilogue. Asynchronous, on the current device.
  *   problem  a descriptor; a rule of your own sees its options, nothing else does (softcap, bias and the like are descriptor_rule's)
  *   errors   cudaErrorInvalidValue: another element type or larger dims than the tile's, a page table, key splits, too many tiles, the driver is too
- *            old, or without a rule, rows of Q, K, V, O that are not 16-byte aligned, or strides that TMA does not know (see wgmma_copy_of);
+ *            old, or without a rule, what TMA cannot read or 16-byte stores cannot write (wgmma_copy_of: odd addresses, negative strides, no keys);
  *            cudaErrorNoKernelImageForDevice: not compiled for sm_90a; else what CUDA says */
 template <typename Tile, typename Rule = no_rule, typename Prologue = no_prologue, typename Epilogue = no_epilogue>
 static inline cudaError_t wgmma_launch(const flashcore_attention &problem, cudaStream_t stream, const Rule &rule = {}, const Prologue &prologue = {},
@@ -1406,8 +1428,9 @@ static inline cudaError_t wgmma_launch(const flashcore_attention &problem, cudaS
   if (Epilogue::kActive) stored.o = a.q; /* where O goes is the epilogue's business */
   const int32_t dtype = element<typename Tile::T>::kDtype, copy = wgmma_copy_of(stored);
   const int64_t tiles = (int64_t)((a.seq_q + Tile::kBlockQ - 1) / Tile::kBlockQ) * a.heads_q * a.batch;
-  if (a.dtype != dtype || a.dtype_kv != dtype || a.dim_qk > Tile::kHeadDimQk || a.dim_v > Tile::kHeadDimV || a.page_table || a.num_splits > 1 ||
-      a.split_len > 0 || tiles < 1 || tiles > INT32_MAX / 2 || (copy && !Rule::kActive))
+  if (a.dtype != dtype || a.dtype_kv != dtype || (!Epilogue::kActive && a.dtype_o != dtype) || a.dim_qk > Tile::kHeadDimQk ||
+      a.dim_v > Tile::kHeadDimV || a.page_table || a.num_splits > 1 || a.split_len > 0 || tiles < 1 || tiles > INT32_MAX / 2 ||
+      (copy && !Rule::kActive))
     return cudaErrorInvalidValue;
   int device = 0, sms = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -1416,12 +1439,14 @@ static inline cudaError_t wgmma_launch(const flashcore_attention &problem, cudaS
   if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;
   const int64_t blocks = tiles < sms ? tiles : sms;
-  wgmma_arguments x;
-  if (make_wgmma_arguments(a, Tile::kBlockQ, Tile::kBlockKv, 1, Rule::kActive, blocks, copy, x) != CUDA_SUCCESS) return cudaErrorInvalidValue;
+  wgmma_schedule plan = make_wgmma_schedule(a, Tile::kBlockQ, 1, Rule::kActive, blocks);
+  wgmma_maps maps = {};
+  plan.copy = copy;
+  if (!copy && make_wgmma_maps(a, Tile::kBlockKv, 1, maps) != CUDA_SUCCESS) return cudaErrorInvalidValue;
   Rule own_rule = rule;
   Prologue own_prologue = prologue;
   Epilogue own_epilogue = epilogue;
-  void *args[6] = {&x.a, &x.plan, &x.maps, &own_rule, &own_prologue, &own_epilogue};
+  void *args[6] = {&a, &plan, &maps, &own_rule, &own_prologue, &own_epilogue};
   return cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3(Tile::kThreads), args, Tile::kSharedBytes, stream);
 }
 #endif
@@ -1447,12 +1472,6 @@ static flashcore_status flashcore_wgmma_check(const flashcore_attention *a, cons
     if (dims[i] > 256)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], 256, "%s: the wgmma kernel serves up to 256, not %d",
                               i ? "dim_v" : "dim_qk", (int)dims[i]);
-  const flashcore::wgmma_views views = flashcore::wgmma_views_of(*a, 1);
-  const flashcore::wgmma_view *inputs[2] = {&views.q, &views.k};
-  for (const flashcore::wgmma_view *x : inputs)
-    if (x->rows > INT32_MAX)
-      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, x->rows, INT32_MAX,
-                              "%s: the wgmma kernel takes 2^31 - 1 rows, not %lld", x->field, (long long)x->rows);
   return FLASHCORE_OK;
 }
 
@@ -1501,24 +1520,6 @@ static void flashcore_wgmma_select(const flashcore_attention *a, const flashcore
   else flashcore_wgmma_pick<T, 256, 256>(a, device, general, plan);
 }
 
-/* Query heads to pack into the rows of a tile: as many as save an eighth of the tiles, and no more. A power of two that divides the group. */
-static int flashcore_wgmma_pack(const flashcore_attention *a, int64_t block_q) {
-  const int64_t group = a->heads_q / a->heads_kv;
-  int best = 1;
-  const auto tiles = [&](int64_t pack) { return (a->seq_q * pack + block_q - 1) / block_q * (group / pack); };
-  if (a->q.stride_h >= (int64_t)1 << 33) return 1; /* times 64, TMA would not know it */
-  for (int64_t pack = 2; pack <= 64 && group % pack == 0 && a->seq_q * pack <= FLASHCORE_MAX_SEQ; pack *= 2)
-    if (8 * tiles(pack) < 7 * tiles(best)) best = (int)pack;
-  return best;
-}
-
-/* Known to be compiled for plain sm_90 only? A device that is not current is not asked: the launch will say. */
-static bool flashcore_wgmma_lacks_body(const void *kernel, const flashcore_device *device) {
-  int current;
-  return cudaGetDevice(&current) == cudaSuccess && current == device->ordinal &&
-         flashcore::wgmma_find_body(kernel) == cudaErrorNoKernelImageForDevice;
-}
-
 static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                              flashcore_error *error) {
   const flashcore_status status = flashcore_wgmma_check(a, device, error);
@@ -1534,24 +1535,25 @@ static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const
   if (!plan->kernel)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the wgmma kernel was compiled without type %d",
                             (int)a->dtype);
-  if (flashcore_wgmma_lacks_body(plan->kernel, device))
+  if (flashcore::wgmma_lacks_body(plan->kernel, device->ordinal))
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 90,
                             "the wgmma kernel was compiled for sm_90: it needs sm_90a (-gencode arch=compute_90a,code=sm_90a)");
   flashcore_description *d = &plan->d;
-  d->packed_group = copy ? 1 : flashcore_wgmma_pack(a, d->block_q);
+  d->packed_group = copy ? 1 : flashcore::wgmma_pack_of(*a, d->block_q);
   const int64_t units = (int64_t)a->heads_q / d->packed_group * a->batch, rows = (int64_t)a->seq_q * d->packed_group;
   const int64_t tiles = (rows + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
   if (units > most)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", units, most, "batch * heads_q is %lld: the wgmma kernel takes %lld of %lld tiles",
-                            (long long)units, (long long)most, (long long)tiles);
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", units, most,
+                            "batch * heads_q / %d is %lld: the wgmma kernel takes %lld of %lld tiles", (int)d->packed_group, (long long)units,
+                            (long long)most, (long long)tiles);
   d->backend = FLASHCORE_BACKEND_WGMMA;
   d->splits = 1;
   plan->param[FLASHCORE_WGMMA_COPY] = copy;
   plan->param[FLASHCORE_WGMMA_GENERAL] = general;
-  /* Measured on the H200 beside the mma kernel: few keys, or not many for tiles with few rows or for few of the SMs; or copies, which three warps do
-   * not make as fast. */
-  plan->is_slow = (copy && d->head_dim_v <= 128) || a->seq_kv < 256 ||
-                  (a->seq_kv < 1024 && (2 * rows < d->block_q || 4 * units * rows < 3 * (int64_t)device->sm_count * d->block_q));
+  /* Measured on the H200 beside the mma kernel: few keys, or not many for tiles with few rows or for few of the SMs; or copies of small pieces or short
+   * rows, which three warps do not make as fast. */
+  plan->is_slow = (copy && (copy < 8 || d->head_dim_v <= 64)) || a->seq_kv < 256 ||
+                  (a->seq_kv < 2048 && (2 * rows < d->block_q || 4 * units * rows < 3 * (int64_t)device->sm_count * d->block_q));
   d->grid = tiles * units < device->sm_count ? tiles * units : device->sm_count;
   snprintf(d->kernel, sizeof d->kernel, "wgmma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk,
            (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv,
@@ -1563,16 +1565,19 @@ static flashcore_status flashcore_wgmma_plan(const flashcore_attention *a, const
 
 static flashcore_status flashcore_wgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                                flashcore_error *error) {
-  flashcore::wgmma_arguments x;
-  const CUresult code =
-      flashcore::make_wgmma_arguments(*a, plan->d.block_q, plan->d.block_kv, plan->d.packed_group, plan->param[FLASHCORE_WGMMA_GENERAL] != 0,
-                                      plan->d.grid, plan->param[FLASHCORE_WGMMA_COPY], x);
+  flashcore_attention args = *a;
+  flashcore::wgmma_schedule schedule =
+      flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.packed_group, plan->param[FLASHCORE_WGMMA_GENERAL] != 0, plan->d.grid);
+  flashcore::wgmma_maps maps = {};
+  CUresult code = CUDA_SUCCESS;
+  schedule.copy = plan->param[FLASHCORE_WGMMA_COPY];
+  if (!schedule.copy) code = flashcore::make_wgmma_maps(*a, plan->d.block_kv, plan->d.packed_group, maps);
   if (code != CUDA_SUCCESS)
     return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", code, CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", (int)code);
   flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
   flashcore::no_prologue prologue;
   flashcore::no_epilogue epilogue;
-  void *kernel_args[6] = {&x.a, &x.plan, &x.maps, &rule, &prologue, &epilogue};
+  void *kernel_args[6] = {&args, &schedule, &maps, &rule, &prologue, &epilogue};
   return flashcore_launch(plan, kernel_args, stream, error);
 }
 

@@ -3,7 +3,7 @@
  * Use:  #include this instead of flashcore.h in the file that defines FLASHCORE_IMPLEMENTATION; flashcore_forward then picks these kernels.
  * Or take the pieces: mma_find_work, mma_warp::load_q, init, mainloop, finish, store make a kernel of your own (examples/score_rule).
  *
- * Contents                                                       backend   element type   dims (smaller multiples of 8 are padded)      from
+ * Contents                                                       backend   element type   dims (smaller ones are padded; WMMA: by 8)    from
  *   1  nvcuda::wmma: traits, kernel                              WMMA      f16            <= 32, 64, 128                                sm_75
  *   2  nvcuda::wmma: plan and launch                                       bf16           same                                          sm_80
  *   3  mma.sync: one struct describes one kernel                 MMA       f16, bf16      <= 32, 64, 80, 96, 128, 192, 256, 512,         sm_80
@@ -27,6 +27,9 @@
  *   full[stage]              all threads (async)   all warps     loose stages: all chunks have landed              parity: of the round
  *   free[stage]              1 per warp            all warps     loose stages: it was read and may be filled again   parity: of the round before
  *   __syncthreads (start)    all warps             all warps     loose: full and free exist; kQRegistersReuse: K and V may go where Q was        */
+#if defined(FLASHCORE_WMMA_PARTS_ONLY) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+#error "include flashcore_wmma.cuh before flashcore_fp8.cuh, which takes its building blocks alone"
+#endif
 #ifndef FLASHCORE_WMMA_CUH
 #define FLASHCORE_WMMA_CUH
 #include "flashcore.h"
@@ -535,7 +538,7 @@ static flashcore_status flashcore_wmma_plan(const flashcore_attention *a, const 
   const flashcore_status status = flashcore_wmma_check(a, device, error);
   if (status != FLASHCORE_OK) return status;
   *plan = flashcore_plan();
-  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v, stages = device->arch >= 80 ? 2 : 1;
+  [[maybe_unused]] const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v, stages = device->arch >= 80 ? 2 : 1;
   const bool rule = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_F16)
   if (a->dtype == FLASHCORE_F16) flashcore_wmma_select<__half>(dim, rule, stages, plan);
@@ -725,7 +728,7 @@ struct mma_schedule {
   float scale_log2; /* of the products, in log2 units; 1 in general kernels, whose rule scales */
   int32_t order;    /* mma_order */
   int32_t masked;   /* causal or a window: rows see different keys */
-  int32_t align;    /* bytes that all K, V, Q and O addresses are a multiple of: 16, 8, 4 or 2 */
+  int32_t align;    /* bytes that all rows of Q, K, V and O begin and end at multiples of: 16, 8, 4 or 2 */
 };
 enum mma_order {
   kTileFastest,  /* a unit's tiles one after another: they share K and V in L2 */
@@ -737,7 +740,7 @@ enum mma_order {
  *   general  the kernel has a rule, which scales the logits itself
  *   pack     1, or heads_q / heads_kv
  *   order    mma_order; any is right for everything, the later two pay for causal problems
- *   align    what every row address of Q, K, V and O is a multiple of, in bytes; below 16 only for kernels with a rule */
+ *   align    flashcore_row_align: what every row's address and length is a multiple of, in bytes; below 16 only for kernels with a rule */
 FLASHCORE_INLINE mma_schedule make_mma_schedule(const flashcore_attention &a, int32_t block_q, bool general, int32_t pack, int32_t order,
                                                 int32_t align, int64_t &grid) {
   const int32_t tiles = (int32_t)(((int64_t)a.seq_q * pack + block_q - 1) / block_q), heads = a.heads_q / pack, units = heads * a.batch;

@@ -409,18 +409,22 @@ template <typename T> static void test_pack2(const char *type) {
   report().expect(format("unpack2_%s_gives_what_pack2_made", type), unpacked, "a float differs");
 }
 
-/* ---- loaders of flashcore_wmma.cuh --------------------------------------------------------------------------------------------- */
+/* ---- pieces of rows, and the loaders of flashcore_wmma.cuh --------------------------------------------------------------------- */
 
-/* Lane i copies the 16 bytes at i * 32 + align of `in`, odd lanes as if they were not there; then the chunk goes back out at the same place. */
+/* Lane i copies the 16 bytes at i * 32 + align of `in`, as if only the first live_bytes(i) were there; then elements_out(i) elements of the chunk go
+ * back out at the same place. */
+template <int kAlign> static __host__ __device__ int live_bytes(int lane) { return lane % (16 / kAlign + 1) * kAlign; }
+static __host__ __device__ int elements_out(int lane) { return lane / 3 % 9; }
 template <int kAlign> static __global__ void chunk_kernel(const uint16_t *in, int, uint16_t *out) {
   __shared__ __align__(16) uint4 chunks[64];
   const int lane = threadIdx.x;
   chunks[2 * lane] = chunks[2 * lane + 1] = make_uint4(0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu, 0xabcdabcdu);
   __syncwarp();
-  fc::copy_chunk(fc::shared_address(&chunks[2 * lane]), reinterpret_cast<const char *>(in) + lane * 32 + kAlign, lane % 2 == 0, kAlign);
+  fc::copy_chunk(fc::shared_address(&chunks[2 * lane]), reinterpret_cast<const char *>(in) + lane * 32 + kAlign % 16, live_bytes<kAlign>(lane),
+                 kAlign);
   fc::cp_async_wait_all();
   __syncwarp();
-  fc::store_chunk(reinterpret_cast<char *>(out) + lane * 32 + kAlign, chunks[2 * lane]);
+  fc::store_chunk(reinterpret_cast<char *>(out) + lane * 32 + kAlign % 16, chunks[2 * lane], elements_out(lane));
   out[32 * 16 + lane] = reinterpret_cast<const uint16_t *>(&chunks[2 * lane + 1])[0]; // must be as it was
 }
 
@@ -430,21 +434,21 @@ template <int kAlign> static void test_chunks() {
   const std::vector<uint16_t> out = on_device<uint16_t, uint16_t>(chunk_kernel<kAlign>, in, in.size() + 32);
   bool copied = true, zeroed = true, kept = true;
   for (size_t i = 0; i < in.size(); ++i) {
-    const size_t lane = i / 16, within = i % 16 - kAlign / 2;
-    if (i % 16 < kAlign / 2 || within >= 8) kept &= out[i] == 0xffff;
-    else if (lane % 2 == 0) copied &= out[i] == in[i];
+    const int lane = (int)i / 16, within = (int)i % 16 - kAlign % 16 / 2;
+    if (within < 0 || within >= elements_out(lane)) kept &= out[i] == 0xffff;
+    else if (2 * within < live_bytes<kAlign>(lane)) copied &= out[i] == in[i];
     else zeroed &= out[i] == 0;
   }
   for (size_t lane = 0; lane < 32; ++lane) kept &= out[in.size() + lane] == 0xabcd;
   report().expect(format("copy_chunk_and_store_chunk_keep_16_bytes_aligned_to_%d", kAlign), copied, "a value differs");
-  report().expect(format("copy_chunk_aligned_to_%d_writes_zeros_when_not_valid", kAlign), zeroed, "not zero");
+  report().expect(format("copy_chunk_aligned_to_%d_writes_zeros_behind_what_is_live", kAlign), zeroed, "not zero");
   report().expect(format("copy_chunk_and_store_chunk_aligned_to_%d_write_no_more", kAlign), kept, "a neighbour was written");
 }
 
-/* How a tile is loaded: all of it; up to some row and chunk; the same by pieces of `align` bytes. */
+/* How a tile is loaded: all of it; up to some row and byte; the same by pieces of `align` bytes. */
 struct TileLoad {
-  int32_t stride_bytes, rows, chunks, align; // align 0: load
-  int64_t base;                              // bytes into the array
+  int32_t stride_bytes, rows, row_bytes, align; // align 0: load
+  int64_t base;                                 // bytes into the array
 };
 
 constexpr int kTileThreads = 128;
@@ -461,30 +465,30 @@ template <int kRowBytes> static __global__ void tile_kernel(const uint32_t *in, 
   const char *base = reinterpret_cast<const char *>(in) + how.base;
   const uint32_t dst = fc::shared_address(tile);
   if (how.align == 0) loader::load(dst, base, how.stride_bytes);
-  else if (how.align == 16) loader::load_edge(dst, base, how.stride_bytes, how.rows, how.chunks);
-  else loader::load_unaligned(dst, base, how.stride_bytes, how.rows, how.chunks, how.align);
+  else if (how.align == 16) loader::load_edge(dst, base, how.stride_bytes, how.rows, how.row_bytes / 16);
+  else loader::load_unaligned(dst, base, how.stride_bytes, how.rows, how.row_bytes, how.align);
   fc::cp_async_wait_all();
   __syncthreads();
   for (int i = threadIdx.x; i < kRows * kRowBytes / 4; i += kTileThreads) out[i] = tile[i];
 }
 
-/* "": every chunk lies where swizzled_tile says, zeros from `rows` and `chunks` on. backwards: rows lie in memory last to first. */
-template <int kRowBytes> static std::string load_tile(int align, int rows, int chunks, bool backwards) {
+/* "": every chunk lies where swizzled_tile says, zeros from `rows` and `row_bytes` on. backwards: rows lie in memory last to first. */
+template <int kRowBytes> static std::string load_tile(int align, int rows, int row_bytes, bool backwards) {
   using tile = fc::swizzled_tile<kRowBytes>;
   constexpr int kRows = kTileRows<kRowBytes>;
   const int64_t pitch = kRowBytes + 48, shift = align % 16; // gaps between rows; a first byte that is aligned to `align` only
   std::vector<uint32_t> in(64 / 4 + (size_t)(kRows * pitch + 16) / 4);
   for (size_t i = 0; i < in.size(); ++i) in[i] = 0x01010101u * (uint32_t)(i % 251) + (uint32_t)i * 65536u;
-  const TileLoad how = {(int32_t)(backwards ? -pitch : pitch), rows, chunks, align, 64 + shift + (backwards ? (kRows - 1) * pitch : 0)};
+  const TileLoad how = {(int32_t)(backwards ? -pitch : pitch), rows, row_bytes, align, 64 + shift + (backwards ? (kRows - 1) * pitch : 0)};
   memcpy(in.data(), &how, sizeof how);
   const std::vector<uint32_t> out = on_device<uint32_t, uint32_t>(tile_kernel<kRowBytes>, in, kRows * kRowBytes / 4, kTileThreads);
   for (int row = 0; row < kRows; ++row) {
     for (int chunk = 0; chunk < tile::kChunks; ++chunk) {
       char expected[16] = {};
-      const bool there = align == 0 || (row < rows && chunk < chunks);
-      if (there) memcpy(expected, (const char *)in.data() + how.base + row * (int64_t)how.stride_bytes + chunk * 16, 16);
+      const int there = align == 0 ? 16 : row < rows ? std::min(std::max(row_bytes - chunk * 16, 0), 16) : 0; // bytes
+      memcpy(expected, (const char *)in.data() + how.base + row * (int64_t)how.stride_bytes + chunk * 16, (size_t)there);
       if (memcmp(expected, (const char *)out.data() + tile::offset(row, chunk), 16))
-        return format("row %d, chunk %d is not %s", row, chunk, there ? "at its place" : "zero");
+        return format("row %d, chunk %d: %d bytes are not at their place, or the rest not zero", row, chunk, there);
     }
   }
   return "";
@@ -492,13 +496,14 @@ template <int kRowBytes> static std::string load_tile(int align, int rows, int c
 
 template <int kRowBytes> static void test_tile_loader() {
   constexpr int kRows = kTileRows<kRowBytes>, kChunks = kRowBytes / 16;
-  std::string whole = load_tile<kRowBytes>(0, kRows, kChunks, false), edge, unaligned;
-  if (whole.empty()) whole = load_tile<kRowBytes>(0, kRows, kChunks, true);
+  std::string whole = load_tile<kRowBytes>(0, kRows, kRowBytes, false), edge, unaligned;
+  if (whole.empty()) whole = load_tile<kRowBytes>(0, kRows, kRowBytes, true);
   for (int rows : {-5, 0, 1, 17, kRows - 1, kRows, kRows + 9}) {
     for (int chunks : {1, kChunks - 1, kChunks}) {
-      if (edge.empty()) edge = load_tile<kRowBytes>(16, rows, chunks, rows % 2 == 0);
+      if (edge.empty()) edge = load_tile<kRowBytes>(16, rows, 16 * chunks, rows % 2 == 0);
       for (int align : {8, 4, 2})
-        if (unaligned.empty()) unaligned = load_tile<kRowBytes>(align, rows, chunks, rows % 2 == 0);
+        for (int missing : {0, align, 16 - align})
+          if (unaligned.empty()) unaligned = load_tile<kRowBytes>(align, rows, 16 * chunks - missing, rows % 2 == 0);
     }
   }
   report().expect(format("tile_loader_%d_load_puts_every_chunk_at_its_swizzled_place", kRowBytes), whole.empty(), whole);
@@ -543,6 +548,7 @@ int main() {
   test_swizzle<1024>();
   test_softmax();
   test_divisor();
+  test_chunks<16>();
   test_chunks<8>();
   test_chunks<4>();
   test_chunks<2>();

@@ -74,7 +74,9 @@ int main() {
   for (const shape &x : {shape{4, 32, 64, 128, 8, 4096}, shape{8, 64, 16, 128, 8, 4096}, shape{4, 28, 40, 128, 4, 4096},
                          shape{16, 32, 128, 64, 4, 2048}, shape{4, 32, 100, 256, 4, 4096}, shape{2, 32, 300, 128, 8, 4096},
                          shape{8, 32, 1, 128, 8, 4096}, shape{1, 32, 1, 128, 8, 16384}, shape{4, 64, 7, 64, 8, 1024}})
-    shapes.push_back(x); /* few queries, many keys: heads that share K and V share tiles */
+    shapes.push_back(x);                /* few queries, many keys: heads that share K and V share tiles */
+  shapes.push_back({4, 16, 4096, 100}); /* rows that are copied 8 bytes at a time, 2 bytes at a time */
+  shapes.push_back({4, 32, 1024, 33});
   for (const shape &x : shapes)
     for (int causal = 0; causal < 2; ++causal) {
       flashcore_attention a;

@@ -82,7 +82,7 @@ template <typename Tile> struct with_mma {
 template <typename Tile> struct with_wgmma {
   static constexpr const char *kName = "wgmma";
   static constexpr int kDim = Tile::kHeadDimQk, kType = fc::element<typename Tile::T>::kDtype, kMinArch = 90, kMaxArch = 90;
-  static constexpr bool kAnyAlignment = false;
+  static constexpr bool kAnyAlignment = true;
 
   template <typename Rule> static void launch(const flashcore_attention &a, const Rule &rule, int) {
     CUDA_OK(fc::wgmma_launch<Tile>(a, nullptr, rule));

@@ -136,6 +136,36 @@ static const refusal refusals[] = {
      FLASHCORE_UNSUPPORTED_FEATURE, "page_table", 1, 0},
 };
 
+/* wgmma_launch has no words for it; with a rule, lanes copy what TMA cannot read. */
+static void launches_of_ones_own_are_refused() {
+  using tile = flashcore::wgmma_tile_for<__half, 64, 64, flashcore::kGeneralTile>;
+  const struct {
+    const char *name;
+    void (*change)(flashcore_attention &);
+    bool even_with_a_rule;
+  } cases[] = {
+      {"type", [](flashcore_attention &a) { a.dtype = FLASHCORE_BF16; }, true},
+      {"type of O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, true},
+      {"dim_qk", [](flashcore_attention &a) { a.dim_qk = 72; }, true},
+      {"dim_v", [](flashcore_attention &a) { a.dim_v = 80; }, true},
+      {"pages", [](flashcore_attention &a) { a.page_table = (const int32_t *)4096, a.page_size = 300, a.num_pages = 2; }, true},
+      {"splits", [](flashcore_attention &a) { a.num_splits = 2; }, true},
+      {"no tile", [](flashcore_attention &a) { a.batch = 0; }, true},
+      {"too many tiles", [](flashcore_attention &a) { a.batch = a.heads_q = a.heads_kv = 1 << 16; }, true},
+      {"odd address", [](flashcore_attention &a) { a.v.data = (void *)4104; }, false},
+      {"odd dim", [](flashcore_attention &a) { a.dim_v = 60; }, false},
+      {"backwards", [](flashcore_attention &a) { a.k.stride_s = -a.k.stride_s; }, false},
+      {"no keys", [](flashcore_attention &a) { a.seq_kv = 0; }, false},
+  };
+  for (const auto &x : cases) {
+    flashcore_attention a = accepted(300);
+    x.change(a);
+    if (!CHECK(flashcore::wgmma_launch<tile>(a, nullptr) == cudaErrorInvalidValue)) printf("  %s\n", x.name);
+    if (x.even_with_a_rule && !CHECK(flashcore::wgmma_launch<tile>(a, nullptr, flashcore::descriptor_rule()) == cudaErrorInvalidValue))
+      printf("  %s, with a rule\n", x.name);
+  }
+}
+
 static void refusals_name_the_field_and_the_kernel() {
   for (const refusal &x : refusals) check_refusal(x, accepted(300), FLASHCORE_BACKEND_WGMMA);
 }
@@ -146,6 +176,7 @@ int main() {
   RUN(heads_are_packed_where_that_saves_tiles);
   RUN(rows_of_a_tile_fit_the_grid);
   RUN(loaders_are_a_ladder);
+  RUN(launches_of_ones_own_are_refused);
   RUN(refusals_name_the_field_and_the_kernel);
   return check_end();
 }
