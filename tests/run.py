@@ -183,7 +183,7 @@ def host_checks():
         checks += [(f"host_{name}_{label}", lambda s=source, c=c, n=label: host_test(s, c, n)) for label, c in LANGUAGES.items()]
     for source in cuda_tests:
         name = os.path.splitext(os.path.basename(source))[0]
-        compiler = NVCC + (PTX_ONLY_90A if name == "test_wgmma" else PTX_ONLY)
+        compiler = NVCC + (PTX_ONLY_90A if name in ("test_wgmma", "test_qgmma") else PTX_ONLY)
         checks.append((f"host_{name}_nvcc", lambda s=source, c=compiler: host_test(s, c, "nvcc")))
     return checks
 
@@ -258,8 +258,9 @@ def implementation_defines(header):
 
 
 def units(header):
-    """The files that the README spreads a header over, by what they define: the two 16-bit types in two files build in parallel."""
-    return [["-DFLASHCORE_NO_BF16"], ["-DFLASHCORE_NO_F16"]] if header == "flashcore_wmma.cuh" else [[]]
+    """The files that the README spreads a header over, by what they define: the two 16-bit types in two files build in parallel. Of fp8, each mode."""
+    by_header = {"flashcore_wmma.cuh": [["-DFLASHCORE_NO_BF16"], ["-DFLASHCORE_NO_F16"]], "flashcore_fp8.cuh": [[], ["-DFLASHCORE_FP8_FAST"]]}
+    return by_header.get(header, [[]])
 
 
 class Objects:
@@ -339,7 +340,7 @@ def hopper_instructions(header):
     ptx = out("arch", header + ".ptx")
     sh([*NVCC, *PTX_ONLY_90A, *implementation_defines(header), "-ptx", f"{COMPILE}/implementation.cu", "-o", ptx])
     with open(ptx) as f:
-        kernels = re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:]
+        kernels = [k for k in re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:] if "gmma_kernel" in k.split("(")[0]]
     for kernel in kernels:
         if missing := [name for name in HOPPER_INSTRUCTIONS if name not in kernel]:
             raise Failure(f"{kernel[:120]}: without {', '.join(missing)}")
@@ -348,8 +349,28 @@ def hopper_instructions(header):
     return f"{len(kernels)} kernels"
 
 
+def qmma_instructions(header):
+    """On sm_89, kernels multiply by the fp8 tensor cores' own instruction: nothing is converted to fp16. There, up to 128 dims spill nothing; limits.json
+    cannot tell sm_89 from sm_90a, which has to emulate the instruction."""
+    result = OBJECTS.get(header, 0, "89")
+    for kernel in resources.parse(result["log"]):
+        if kernel["spill_bytes"] and re.match(r"qmma_kernel<.*, (64|128), ", kernel["name"]):
+            raise Failure(f'{kernel["name"]} on sm_89: spill_bytes is {kernel["spill_bytes"]}')
+    functions = re.split(r"^\s*Function : ", sh(["cuobjdump", "-sass", result["object"]]), flags=re.M)[1:]
+    kernels = [f for f in functions if "qmma_kernel" in f.split("\n", 1)[0]]
+    for kernel in kernels:
+        count = len(re.findall(r"\bQMMA\.16832\.F32\.E[45]M[23]\.E[45]M[23]\b", kernel))
+        if count < 32 or re.search(r"\bHMMA\b|\bF2FP\.F16\.E[45]M[23]", kernel):
+            raise Failure(f"{kernel[:120]}: {count} QMMA, and conversions to fp16" if count >= 32 else f"{kernel[:120]}: {count} QMMA")
+    if not kernels:
+        raise Failure("no kernel found")
+    return f"{len(kernels)} kernels"
+
+
 def arch_checks():
-    checks = [("flashcore_wgmma.cuh_kernels_are_made_of_hopper_instructions", lambda: hopper_instructions("flashcore_wgmma.cuh"))]
+    hopper = [h for h in ("flashcore_wgmma.cuh", "flashcore_fp8.cuh") if h in HEADERS]
+    checks = [(f"{h}_kernels_are_made_of_hopper_instructions", lambda h=h: hopper_instructions(h)) for h in hopper]
+    checks.append(("flashcore_fp8.cuh_kernels_for_sm_89_are_made_of_qmma", lambda: qmma_instructions("flashcore_fp8.cuh")))
     for header in reversed(HEADERS):  # the quick ones last
         for unit, defines in enumerate(units(header)):
             label = "".join("_with_" + d[2:].lower() for d in defines)
@@ -360,7 +381,7 @@ def arch_checks():
     return checks
 
 
-OPTIONS = ("FLASHCORE_NO_F32", "FLASHCORE_NO_F16", "FLASHCORE_NO_BF16")
+OPTIONS = ("FLASHCORE_NO_F32", "FLASHCORE_NO_F16", "FLASHCORE_NO_BF16", "FLASHCORE_NO_E4M3", "FLASHCORE_NO_E5M2")
 
 
 def option_compiles(option):
@@ -507,7 +528,7 @@ def link_two_files():
 def link_spread_backends():
     objects = []
     for header in HEADERS:
-        for unit, defines in enumerate(units(header)):
+        for unit, defines in enumerate(units(header)[:1] if header == "flashcore_fp8.cuh" else units(header)):
             objects.append(cuda_object("implementation.cu", f"spread_{header}_{unit}", *implementation_defines(header), *defines))
     objects.append(c_object("program.c", "spread_program"))
     note = check_symbols(objects)
@@ -650,7 +671,7 @@ def oldest_checks():
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-KERNEL_STEPS = ("simt_", "merge_", "wmma_", "mma_", "wgmma_", "qmma_", "qgmma_")  # parts of one kernel, which compiles them wherever it is compiled
+KERNEL_STEPS = ("simt_", "merge_", "wmma_", "mma_", "wgmma_", "quantise_", "qmma_", "qgmma_")  # parts of one kernel, which compiles them wherever it is compiled
 
 
 def device_functions():

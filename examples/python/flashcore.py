@@ -55,6 +55,17 @@ class AttentionStruct(ctypes.Structure):  # flashcore_attention, field by field
     )
 
 
+class QuantiseStruct(ctypes.Structure):  # flashcore_fp8_quantise_args, field by field
+    _fields_ = (
+        [("struct_size", c_size_t)]
+        + _fields(c_int32, "dtype dtype_out batch rows heads dim")
+        + _fields(TensorView, "x out")
+        + [("seqlens", c_void_p)]
+        + _fields(c_int32, "granularity block_rows")
+        + [("scale", c_float), ("descale", c_void_p), ("mean", c_void_p), ("rotation", c_int32)]
+    )
+
+
 class ErrorStruct(ctypes.Structure):
     _fields_ = [("field", c_char_p), ("value", c_int64), ("limit", c_int64), ("message", c_char * 192)]
 
@@ -96,7 +107,8 @@ def load(path):
     """The C API of a compiled library, after a check that the structs above are the library's."""
     lib = ctypes.CDLL(str(path))
     sizes = [("sizeof_attention", ctypes.sizeof(AttentionStruct)), ("sizeof_description", ctypes.sizeof(Description)),
-             ("sizeof_error", ctypes.sizeof(ErrorStruct)), ("offsetof_workspace", AttentionStruct.workspace.offset)]
+             ("sizeof_error", ctypes.sizeof(ErrorStruct)), ("sizeof_fp8_quantise_args", ctypes.sizeof(QuantiseStruct)),
+             ("offsetof_workspace", AttentionStruct.workspace.offset)]
     for name, ours in sizes:
         function = getattr(lib, "flashcore_" + name)
         function.restype = c_size_t
@@ -107,6 +119,7 @@ def load(path):
     lib.flashcore_workspace_size.argtypes = [a, c_int, POINTER(c_size_t), error]
     lib.flashcore_forward.argtypes = [a, c_void_p, error]
     lib.flashcore_describe.argtypes = [a, c_int, POINTER(Description), error]
+    lib.flashcore_fp8_quantise.argtypes = [POINTER(QuantiseStruct), c_void_p, error]
     lib.flashcore_forward_l4.argtypes = [a, c_void_p, error]
     lib.flashcore_describe_l4.argtypes = [a, POINTER(Description), error]
     return lib
@@ -142,18 +155,20 @@ class Attention:
     """One prepared problem. Calling it launches on PyTorch's current stream: no allocation, no synchronisation, fit for CUDA graphs.
 
     q, k, v: (batch, seq, heads, dim), or (total, heads, dim) with cu_seqlens_q, cu_seqlens_kv, max_seq_q, max_seq_kv. o, lse: outputs, made if None.
+    q, k, v in fp8 give a bf16 o unless o says fp16; *_descale: their (batch, heads) or one-element scales.
     causal: False, True (bottom-right) or "top-left"; window: (left, right), -1 for unbounded; bias: (batch, heads, seq_q, seq_kv), sizes 1 broadcast.
     l4: a measurement, see race.py --l4.
     """
 
     def __init__(self, q, k, v, *, o=None, lse=None, causal=False, window=None, scale=0.0, softcap=0.0, alibi_slopes=None, bias=None, sink=None,
                  lse_base2=False, cu_seqlens_q=None, cu_seqlens_kv=None, max_seq_q=0, max_seq_kv=0, seqlens_q=None, seqlens_kv=None,
-                 backend="auto", num_splits=0, split_len=0, l4=False, lib=None):
+                 q_descale=None, k_descale=None, v_descale=None, backend="auto", num_splits=0, split_len=0, l4=False, lib=None):
         import torch
 
         self.lib, self.torch, self.l4 = lib or library(), torch, l4
-        self.o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device) if o is None else o
-        self.lse, self.kept = lse, [q, k, v, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv, seqlens_q, seqlens_kv]
+        dtype_o = torch.bfloat16 if q.element_size() == 1 else q.dtype
+        self.o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=dtype_o, device=q.device) if o is None else o
+        self.lse, self.kept = lse, [q, k, v, q_descale, k_descale, v_descale, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv, seqlens_q, seqlens_kv]
         a = self.a = AttentionStruct()
         a.struct_size = ctypes.sizeof(a)
         a.dtype, a.dtype_kv, a.dtype_o = _dtype(q), _dtype(k), _dtype(self.o)
@@ -170,6 +185,9 @@ class Attention:
             a.window, (a.window_left, a.window_right) = 1, window
         self._point(lse=lse, sink=sink, alibi_slopes=alibi_slopes, dtype=torch.float32)
         self._point(cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, seqlens_q=seqlens_q, seqlens_kv=seqlens_kv, dtype=torch.int32)
+        for name, x in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+            if x is not None:
+                setattr(a, name, Descale(x.data_ptr(), *(x.stride() if x.numel() > 1 else (0, 0))))
         if bias is not None:
             a.bias, a.bias_dtype = bias.data_ptr(), _dtype(bias)
             a.bias_stride_b, a.bias_stride_h, a.bias_stride_q, a.bias_stride_kv = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride()))
@@ -204,6 +222,26 @@ class Attention:
         else:
             self._call(self.lib.flashcore_describe, -1, byref(what))
         return what
+
+
+GRANULARITIES = {"head": 0, "tensor": 1, "block": 2}
+
+
+def quantise(x, *, dtype=None, granularity="head", block_rows=64, smooth=False, rotation=0, lib=None):
+    """A (batch, seq, heads, dim) tensor in fp8 (torch.float8_e4m3fn unless dtype says otherwise), and its scales: (batch, heads), one, or, per block of
+    rows, (batch, heads, seq / block_rows). smooth: without its mean over seq; rotation: by Hadamard blocks of that size."""
+    import torch
+
+    batch, rows, heads, dim = x.shape
+    out = torch.empty(x.shape, dtype=dtype or torch.float8_e4m3fn, device=x.device)
+    shape = {"head": (batch, heads), "tensor": (1,), "block": (batch, heads, rows // block_rows)}[granularity]
+    descale, mean = torch.empty(shape, device=x.device), torch.empty(batch, heads, dim, device=x.device) if smooth else None
+    q = QuantiseStruct(ctypes.sizeof(QuantiseStruct), _dtype(x), _dtype(out), batch, rows, heads, dim, _view(x, "x"), _view(out, "out"), None,
+                       GRANULARITIES[granularity], block_rows, 0.0, descale.data_ptr(), mean.data_ptr() if smooth else None, rotation)
+    error = ErrorStruct()
+    if (lib or library()).flashcore_fp8_quantise(byref(q), c_void_p(torch.cuda.current_stream().cuda_stream), byref(error)) != 0:
+        raise FlashCoreError(error.message.decode())
+    return out, descale
 
 
 def attention(q, k, v, return_lse=False, **options):

@@ -3,6 +3,8 @@
 //   nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC -gencode arch=compute_90a,code=sm_90a examples/python/flashcore_library.cu -o libflashcore.so
 #include "../common/library.cu"
 
+#include "../../flashcore_fp8.cuh"
+
 // For race.py --l4, a measurement device and not an API: the plan for an SM with an L4's shared memory, its blocks padded until only as many fit this
 // GPU's SM as would fit the L4's. All else, registers and the number of SMs among it, is this GPU's.
 static flashcore_status plan_l4(const flashcore_attention *a, flashcore_attention *resolved, flashcore_plan *plan, const flashcore_backend_ops **ops,
@@ -38,6 +40,7 @@ extern "C" {
 size_t flashcore_sizeof_attention(void) { return sizeof(flashcore_attention); }
 size_t flashcore_sizeof_description(void) { return sizeof(flashcore_description); }
 size_t flashcore_sizeof_error(void) { return sizeof(flashcore_error); }
+size_t flashcore_sizeof_fp8_quantise_args(void) { return sizeof(flashcore_fp8_quantise_args); }
 size_t flashcore_offsetof_workspace(void) { return offsetof(flashcore_attention, workspace); }
 
 flashcore_status flashcore_forward_l4(const flashcore_attention *a, flashcore_stream stream, flashcore_error *error) {

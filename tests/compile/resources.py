@@ -33,7 +33,7 @@ def short_name(demangled):
 
 
 def family_of(name):
-    return re.sub(r"\b(__half|__nv_bfloat16|float)\b", "*", name)
+    return re.sub(r"\b(__half|__nv_bfloat16|float|e4m3|e5m2)\b", "*", name)
 
 
 def matches(family, name):

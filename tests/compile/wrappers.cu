@@ -114,6 +114,30 @@ static __device__ void keep_wgmma(const void **table, int &count) {
 }
 #endif
 
+#if __has_include("flashcore_fp8.cuh")
+static __device__ void keep_fp8(const void **table, int &count) {
+  keep(table, count, &fc::pack4<fc::e4m3>);
+  keep(table, count, &fc::pack4<fc::e5m2>);
+  keep(table, count, &fc::fp8_descale);
+  keep(table, count, &fc::fp8_normal);
+#if FLASHCORE_HAS_QMMA || !defined(__CUDA_ARCH__)
+  keep(table, count, &fc::qmma_m16n8k32<fc::e4m3, fc::e4m3>);
+  keep(table, count, &fc::qmma_m16n8k32<fc::e4m3, fc::e5m2>);
+  keep(table, count, &fc::qmma_m16n8k32<fc::e5m2, fc::e5m2>);
+  keep(table, count, &fc::qmma_min);
+  keep(table, count, &fc::qmma_split_dims);
+  keep(table, count, &fc::qmma_pack_p);
+#endif
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+  keep(table, count, &fc::wgmma<fc::e4m3, 64>::ss);
+  keep(table, count, &fc::wgmma<fc::e5m2, 96>::rs<0>);
+  keep(table, count, &fc::wgmma<fc::e5m2, 256>::p);
+  keep(table, count, &fc::mma_m16n8k16<fc::e4m3>);
+  keep(table, count, &fc::mma_m16n8k16<fc::e5m2>);
+#endif
+}
+#endif
+
 __global__ void keep_all(const void **table, int *count) {
   keep_flashcore(table, *count);
 #if __has_include("flashcore_wmma.cuh") && FLASHCORE_HAS_SM80
@@ -121,5 +145,8 @@ __global__ void keep_all(const void **table, int *count) {
 #endif
 #if __has_include("flashcore_wgmma.cuh") && FLASHCORE_HAS_SM90A
   keep_wgmma(table, *count);
+#endif
+#if __has_include("flashcore_fp8.cuh")
+  keep_fp8(table, *count);
 #endif
 }

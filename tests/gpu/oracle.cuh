@@ -6,8 +6,11 @@
  *
  *   o      ref64: everything in fp64
  *   lse    ref64, in the base that the descriptor asks for
- *   low    "lowref": logits and l in fp32, exact row maximum, P rounded to the input type, O summed in fp32 and rounded to the output type;
- *          the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits are */
+ *   peak   the largest |logit| of the row
+ *   low    "lowref": logits and l in fp32 (fp8: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
+ *          maximum, P rounded to the input type (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
+ *          rounded to the output type; the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits
+ *          are */
 #ifndef FLASHCORE_TESTS_ORACLE_CUH
 #define FLASHCORE_TESTS_ORACLE_CUH
 
@@ -15,19 +18,31 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 namespace oracle {
 
 struct Output { // all (batch, heads_q, seq_q, dim_v) or without the last dim, contiguous; rows at or past len_q are not written
-  double *o, *lse;
+  double *o, *lse, *peak;
   float *low;
 };
 
 constexpr int kThreads = 128, kMaxDim = 512, kDimsPerThread = kMaxDim / kThreads;
 constexpr int64_t kMissing = INT64_MIN; // strides may be negative, so any other number can be an offset
 
+static __host__ __device__ inline bool is_fp8(int dtype) { return dtype == FLASHCORE_E4M3 || dtype == FLASHCORE_E5M2; }
+static __host__ __device__ inline int output_dtype(int dtype, int dtype_o) { return dtype_o ? dtype_o : is_fp8(dtype) ? FLASHCORE_BF16 : dtype; }
+
+static __device__ uint8_t to_fp8(int dtype, float x) {
+  return __nv_cvt_float_to_fp8(x, __NV_SATFINITE, dtype == FLASHCORE_E4M3 ? __NV_E4M3 : __NV_E5M2);
+}
+static __device__ float from_fp8(int dtype, uint8_t x) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, dtype == FLASHCORE_E4M3 ? __NV_E4M3 : __NV_E5M2)));
+}
+
 static __device__ double read(const void *p, int dtype, int64_t i) {
+  if (is_fp8(dtype)) return from_fp8(dtype, static_cast<const uint8_t *>(p)[i]);
   if (dtype == FLASHCORE_F32) return static_cast<const float *>(p)[i];
   if (dtype == FLASHCORE_F16) return __half2float(static_cast<const __half *>(p)[i]);
   return __bfloat162float(static_cast<const __nv_bfloat16 *>(p)[i]);
@@ -38,6 +53,13 @@ static __device__ float round_to(int dtype, float x) {
   if (dtype == FLASHCORE_BF16) return __bfloat162float(__float2bfloat16_rn(x));
   return x;
 }
+
+/* A weight, at most 1, as a kernel gives it to the tensor cores. */
+static __device__ float round_weight(int dtype, float x) {
+  return is_fp8(dtype) ? from_fp8(FLASHCORE_E4M3, to_fp8(FLASHCORE_E4M3, 256.f * x)) / 256.f : round_to(dtype, x);
+}
+
+static __device__ double descale(const flashcore_descale &d, int64_t b, int64_t h) { return d.data ? d.data[b * d.stride_b + h * d.stride_h] : 1.0; }
 
 /* One query row, decoded. */
 struct Row {
@@ -100,6 +122,20 @@ static __device__ bool visible(const flashcore_attention &a, const Row &r, int64
   return key_address(a, a.k, r, j) != kMissing;
 }
 
+/* Up to 32 terms added to `sum` as Hopper's tensor cores do it with fp8: of each, what lies below 2^-13 of the largest's power of two is dropped.
+ * term(k): number k of `terms`. */
+template <typename Term> static __device__ float add_as_fp8(float sum, int terms, Term term) {
+  float x[32], largest = fabsf(sum);
+#pragma unroll
+  for (int k = 0; k < 32; ++k) x[k] = k < terms ? term(k) : 0.f, largest = fmaxf(largest, fabsf(x[k]));
+  if (!(largest > 0 && largest < INFINITY)) return sum + largest;
+  const float unit = ldexpf(1.f, ilogbf(largest) - 13), inverse = 1 / unit;
+  float units = truncf(sum * inverse);
+#pragma unroll
+  for (int k = 0; k < 32; ++k) units += truncf(x[k] * inverse);
+  return units * unit;
+}
+
 struct Logit {
   double exact;
   float low; // natural units too
@@ -115,9 +151,12 @@ static __device__ Logit logit(const flashcore_attention &a, const Row &r, const 
   for (int d = 0; d < a.dim_qk; ++d) {
     const double k = read(a.k.data, dtype, key + d);
     exact += q[d] * k;
-    low = fmaf((float)q[d], (float)k, low);
+    if (!is_fp8(dtype)) low = fmaf((float)q[d], (float)k, low);
   }
-  const double scale = a.scale > 0 ? (double)a.scale : 1 / sqrt((double)a.dim_qk);
+  for (int d = 0; is_fp8(dtype) && d < a.dim_qk; d += 32)
+    low = add_as_fp8(low, a.dim_qk - d < 32 ? a.dim_qk - d : 32, [&](int k) { return (float)(q[d + k] * read(a.k.data, dtype, key + d + k)); });
+  double scale = a.scale > 0 ? (double)a.scale : 1 / sqrt((double)a.dim_qk);
+  scale *= descale(a.q_descale, r.b, r.h) * descale(a.k_descale, r.b, r.h / (a.heads_q / a.heads_kv));
   exact *= scale;
   low *= (float)scale;
   if (a.softcap > 0) {
@@ -154,7 +193,7 @@ template <typename T, typename Combine> static __device__ T over_block(T x, T *s
 
 /* Row sums of a row: o and l relative to the maximum m (natural units), exact and low. */
 struct Sums {
-  double m, l, o[kDimsPerThread];
+  double m, peak, l, o[kDimsPerThread];
   float m_low, l_low, o_low[kDimsPerThread];
 };
 
@@ -162,13 +201,15 @@ constexpr float kLog2e = 1.44269504f;
 
 /* First pass over the keys: the row maxima. A NaN logit is ignored here and spoils the sums of the second pass, as it should. */
 static __device__ void row_maxima(const flashcore_attention &a, const Row &r, const double *q, double *scratch, Sums &s) {
-  double m = -INFINITY, m_low = -INFINITY;
+  double m = -INFINITY, m_low = -INFINITY, peak = 0;
   for (int64_t j = threadIdx.x; j < r.len_kv; j += kThreads) {
     const Logit x = logit(a, r, q, j);
     m = fmax(m, x.exact);
     m_low = fmax(m_low, (double)x.low);
+    if (x.exact != -INFINITY) peak = fmax(peak, fabs(x.exact));
   }
   s.m = over_block(m, scratch, [](double x, double y) { return fmax(x, y); });
+  s.peak = over_block(peak, scratch, [](double x, double y) { return fmax(x, y); });
   s.m_low = (float)over_block(m_low, scratch, [](double x, double y) { return fmax(x, y); });
 }
 
@@ -178,7 +219,7 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
   __shared__ float weight_low[kThreads];
   __shared__ int64_t value[kThreads];
   double l = 0;
-  float l_low = 0;
+  float l_low = 0, newer[kDimsPerThread] = {}; // newer: of the last 512 keys
   for (int64_t first = 0; first < r.len_kv; first += kThreads) {
     const int64_t j = first + threadIdx.x;
     const Logit x = logit(a, r, q, j);
@@ -188,18 +229,23 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
     l += p;
     l_low += p_low;
     weight[threadIdx.x] = p;
-    weight_low[threadIdx.x] = round_to(a.dtype, p_low);
+    weight_low[threadIdx.x] = round_weight(a.dtype, p_low);
     value[threadIdx.x] = hidden ? kMissing : key_address(a, a.v, r, j);
     __syncthreads();
-    for (int k = 0; k < kThreads; ++k) {
-      if (value[k] == kMissing) continue;
-      for (int n = 0; n < kDimsPerThread; ++n) {
-        const int d = threadIdx.x + n * kThreads;
-        if (d >= a.dim_v) break;
-        const double v = read(a.v.data, a.dtype_kv ? a.dtype_kv : a.dtype, value[k] + d);
+    for (int n = 0; n < kDimsPerThread; ++n) {
+      const int d = threadIdx.x + n * kThreads, dtype = a.dtype_kv ? a.dtype_kv : a.dtype;
+      if (d >= a.dim_v) break;
+      for (int k = 0; k < kThreads; ++k) {
+        if (value[k] == kMissing) continue;
+        const double v = read(a.v.data, dtype, value[k] + d);
         s.o[n] += weight[k] * v;
-        s.o_low[n] = fmaf(weight_low[k], (float)v, s.o_low[n]);
+        if (!is_fp8(dtype)) s.o_low[n] = fmaf(weight_low[k], (float)v, s.o_low[n]);
       }
+      for (int at = 0; is_fp8(dtype) && at < kThreads; at += 32)
+        newer[n] = add_as_fp8(newer[n], 32, [&](int k) {
+          return value[at + k] == kMissing ? 0.f : weight_low[at + k] * (float)read(a.v.data, dtype, value[at + k] + d);
+        });
+      if (first % 512 == 512 - kThreads || first + kThreads >= r.len_kv) s.o_low[n] += newer[n], newer[n] = 0;
     }
     __syncthreads();
   }
@@ -220,14 +266,18 @@ static __device__ void write_row(const flashcore_attention &a, const Row &r, int
     factor_low = exp2f((s.m_low - m_low) * kLog2e);
     l_low = s.l_low * factor_low + exp2f((sink_low - m_low) * kLog2e);
   }
-  const int dtype_o = a.dtype_o ? a.dtype_o : a.dtype;
+  const int dtype_o = output_dtype(a.dtype, a.dtype_o);
+  const double v_scale = descale(a.v_descale, r.b, r.h / (a.heads_q / a.heads_kv));
   for (int n = 0; n < kDimsPerThread; ++n) {
     const int d = threadIdx.x + n * kThreads;
     if (d >= a.dim_v) break;
-    out.o[index * a.dim_v + d] = l == 0 ? 0 : s.o[n] * factor / l;
-    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, s.o_low[n] * factor_low / l_low);
+    out.o[index * a.dim_v + d] = l == 0 ? 0 : s.o[n] * factor / l * v_scale;
+    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, s.o_low[n] * factor_low / l_low * (float)v_scale);
   }
-  if (threadIdx.x == 0) out.lse[index] = (l == 0 ? -INFINITY : lse_max + log(l)) * (a.lse_base2 ? 1.4426950408889634 : 1.0);
+  if (threadIdx.x > 0) return;
+  const float m_low = a.sink ? fmaxf(s.m_low, a.sink[r.h]) : s.m_low;
+  out.peak[index] = s.peak;
+  out.lse[index] = (l == 0 ? -INFINITY : lse_max + log(l)) * (a.lse_base2 ? 1.4426950408889634 : 1.0);
 }
 
 static __global__ void rows(const __grid_constant__ flashcore_attention a, Output out) {

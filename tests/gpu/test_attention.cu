@@ -185,6 +185,17 @@ static void test_groups() {
     }
   }
   check("any_group_size", cases);
+  cases.clear();
+  for (int group : {32, 64, 128}) { /* more heads than a warp has rows, or a tile */
+    for (int seq_q : {1, 2, 5}) {
+      Case c = sized(kTypes16[seq_q % 2], 2, group, 1, seq_q, 300, group == 64 ? 128 : 64);
+      c.causal = seq_q % 3, c.sink = 1, c.lengths = seq_q == 5 ? CU_SEQLENS_Q | CU_SEQLENS_KV : 0;
+      cases.push_back(c);
+      c.window = 1, c.left = 70, c.alibi = 1;
+      cases.push_back(c);
+    }
+  }
+  check("many_heads_in_a_group", cases);
 }
 
 static void test_many_heads() {
@@ -337,7 +348,7 @@ static void test_splits() {
 static void test_hostile_data() {
   static const char *names[DATA_COUNT] = {
       "normal",    "logits_of_std_16",    "ramp_of_10_nats_every_64_keys", "dominant_last_key",   "dominant_first_key", "logits_of_250000",
-      "all_equal", "nan_row_stays_alone", "equal_logits_of_4e8",           "equal_logits_of_3e9", "equal_background"};
+      "all_equal", "nan_row_stays_alone", "equal_logits_of_4e8",           "equal_logits_of_3e9", "equal_background",   "values_of_one_sign"};
   for (int data = 0; data < DATA_COUNT; ++data) {
     std::vector<Case> cases;
     for (int dtype : kTypes) {

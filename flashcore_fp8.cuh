@@ -1,0 +1,2091 @@
+/* flashcore_fp8.cuh · FlashCore 0.1.0 · MIT licence · fp8: quantisers, and attention on the fp8 tensor cores of Ada (sm_89) and Hopper (sm_90a)
+ *
+ * Use:  #include this, after those of flashcore_wmma.cuh and flashcore_wgmma.cuh whose backends shall be in the same file, in one of the files that
+ *       define FLASHCORE_IMPLEMENTATION or FLASHCORE_BACKEND_IMPLEMENTATION, compiled for sm_89, sm_90a:
+ *         nvcc -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90a,code=sm_90a ...
+ *       Callers, C or C++, include it for the declarations. From fp16, fp32 or bf16 tensors to attention, q.dtype_out = FLASHCORE_E4M3:
+ *
+ *   flashcore_fp8_quantise_args x;
+ *   flashcore_fp8_quantise_init(&x);
+ *   x.dtype = FLASHCORE_F16;  x.batch = 2;  x.rows = 512;  x.heads = 8;  x.dim = 64;
+ *   x.x = flashcore_bshd(q16, 512, 8, 64);  x.out = flashcore_bshd(q8, 512, 8, 64);  x.descale = q_scales;     (2 * 8 floats)
+ *   flashcore_fp8_quantise(&x, stream, &why);                                                                  (the same for K and V)
+ *   a.dtype = FLASHCORE_E4M3;  a.q_descale.data = q_scales;  a.q_descale.stride_b = 8;  a.q_descale.stride_h = 1;   ...
+ *   flashcore_forward(&a, stream, &why);                                                                       (O is bf16 unless dtype_o says fp16)
+ *
+ * Contents                                                       backend   element type         dims (smaller multiples of 16 are padded)   from
+ *   1  C API of the quantisers
+ *   2  fp8 on the device; quantiser kernels                      -         f32, f16, bf16 in    multiples of 16 up to 512                   sm_75
+ *   3  mma.sync: fp8 products                                    QMMA      e4m3, e5m2           64, 128, 256                                sm_89,
+ *   4  mma.sync: one struct describes one kernel                           O: f16, bf16                                                     CUDA 12.4
+ *   5  mma.sync: one warp's rows
+ *   6  mma.sync: kernel
+ *   7  wgmma: fp8 products                                       QGMMA     e4m3, e5m2           64, 128, 256                                sm_90a
+ *   8  wgmma: one struct describes one kernel                              O: f16, bf16
+ *   9  wgmma: the producer and the transposers
+ *  10  wgmma: the consumers' mainloop                            not served: fp16 beside fp8, O in fp8 or fp32, page tables, key splits, addresses
+ *  11  wgmma: kernel                                             and strides that are no multiples of 16 bytes; QGMMA: negative strides, K and V
+ *  12  quantisers: validation, launch, CPU reference             without keys
+ *  13  attention: plan and launch
+ *
+ *   option, in the implementing file           what it does
+ *   FLASHCORE_FP8_FAST                         QGMMA in the fast mode (qgmma_mode) instead of the accurate one; needs CUDA 12.4
+ *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out
+ *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16        leave the quantisers of that type out
+ *
+ * The algorithm is that of flashcore_wmma.cuh and flashcore_wgmma.cuh, whose work lists, rings and rules are shared, but for what fp8 changes:
+ *   V      fp8 products want both operands K-major. mma.sync: its bytes are sorted on the way from shared memory to registers. wgmma: TMA brings V as
+ *          it is, and three warps beside the producer transpose it within shared memory
+ *   p      rounded to e4m3, whatever V is. m follows the row's maximum, so that its largest p is 2^8 exactly: where few keys matter, the rounding of
+ *          the largest p would be the error
+ *   o      the tensor cores keep some 14 bits of a sum. It is taken over few keys and added up in f32: mma.sync in registers after every step, wgmma
+ *          in shared memory after every 512 keys
+ *   scale  descales of Q and K join c, that of V the division by l
+ *
+ * Barrier ledger. mma.sync: as in flashcore_wmma.cuh, two stages. wgmma: beside that of flashcore_wgmma.cuh, where the producer is the planner too:
+ *   barrier               arrivals per phase         who waits           parity in round i   what it hands over
+ *   raw_full[st]          the producer + its bytes   the transposers     i & 1               a block of V has landed
+ *   raw_free[st]          1 per transposing warp     the producer        (i & 1) ^ 1         it was read
+ *   v_full[st]            1 per transposing warp     all consumer warps  i & 1               a block of V is there, transposed
+ *   v_free[st]            1 per consumer warp        the transposers     (i & 1) ^ 1         it was read                                      */
+#ifndef FLASHCORE_FP8_CUH
+#define FLASHCORE_FP8_CUH
+#include "flashcore.h"
+
+/* ================================================================================================================================
+ * 1  C API of the quantisers
+ * ================================================================================================================================
+ * stored = x / descale, rounded to nearest even; what is too large, infinity included, becomes the largest number (448 or 57344); NaN stays NaN.
+ * descale = amax / largest, amax over the finite values, but at least 2^-60: a tensor of zeros has a scale too.
+ * Before that, on request: K without its mean over the rows (softmax does not feel it, but LSE then lacks scale * q . mean), and Q and K rotated by
+ * blocks of a Hadamard matrix (orthogonal: Q K^T does not feel it), which spreads what one dim has too much of over its block. */
+
+#if defined(FLASHCORE_PREFIX)
+#define flashcore_fp8_quantise           FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_fp8_quantise)
+#define flashcore_fp8_quantise_reference FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_fp8_quantise_reference)
+#endif
+
+/* How many values share a scale, and how `descale` lies in memory. */
+typedef enum flashcore_fp8_granularity {
+  FLASHCORE_FP8_PER_HEAD = 0,   /* (batch, heads): as flashcore_attention takes them */
+  FLASHCORE_FP8_PER_TENSOR = 1, /* one: likewise, with strides 0 */
+  FLASHCORE_FP8_PER_BLOCK = 2,  /* (batch, heads, rows / block_rows): for kernels of your own, flashcore_attention has no place for them */
+  FLASHCORE_FP8_GIVEN = 3       /* `scale`, which the host knows; stored to one float where descale is not NULL */
+} flashcore_fp8_granularity;
+
+/* One tensor to quantise. Set up with flashcore_fp8_quantise_init, then fill by name. Device pointers (host pointers for the reference). */
+typedef struct flashcore_fp8_quantise_args {
+  size_t struct_size;              /* set by flashcore_fp8_quantise_init */
+  int32_t dtype, dtype_out;        /* F32, F16 or BF16; E4M3 (default) or E5M2 */
+  int32_t batch, rows, heads, dim; /* dim: a multiple of 16 up to 512 */
+  flashcore_tensor x, out;         /* 16-byte aligned, strides too; packed sequences are one batch entry */
+  const int32_t *seqlens;          /* rows in use per batch entry, the rest is neither read nor written; NULL: all */
+  int32_t granularity, block_rows; /* flashcore_fp8_granularity; rows per scale for PER_BLOCK, must divide `rows` */
+  float scale;                     /* for GIVEN: > 0, finite */
+  float *descale;                  /* the scales: x = stored * descale */
+  float *mean;                     /* (batch, heads, dim): receives the means over the rows, which are subtracted; NULL: they are not */
+  int32_t rotation;                /* size of the Hadamard blocks, a power of two from 16 on that divides dim; 0: no rotation */
+} flashcore_fp8_quantise_args;
+
+#if !defined(__CUDACC_RTC__) && (!defined(FLASHCORE_STATIC) || defined(FLASHCORE_IMPLEMENTATION))
+
+static inline void flashcore_fp8_quantise_init(flashcore_fp8_quantise_args *q) {
+  memset(q, 0, sizeof *q);
+  q->struct_size = sizeof *q;
+  q->dtype_out = FLASHCORE_E4M3;
+}
+
+/* Quantise. Asynchronous on `stream`: one kernel for PER_BLOCK and GIVEN, else one that takes amax before it, and with `mean` one more.
+ * Conditions, errors and threads: as for flashcore_forward. */
+FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error);
+
+/* The same on the CPU, bit for bit (where FLASHCORE_IMPLEMENTATION is defined). */
+FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_fp8_quantise_args *q, flashcore_error *error);
+#endif
+
+/* The scale for values up to amax. */
+#define FLASHCORE_FP8_LEAST_AMAX 8.67361738e-19f /* 2^-60 */
+FLASHCORE_INLINE float flashcore_fp8_descale(float amax, int32_t dtype) {
+  const float size = amax > FLASHCORE_FP8_LEAST_AMAX ? amax : FLASHCORE_FP8_LEAST_AMAX, largest = dtype == FLASHCORE_E4M3 ? 448.f : 57344.f;
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(size, largest); /* whatever -use_fast_math says */
+#else
+  return size / largest;
+#endif
+}
+/* Scales of a head: PER_BLOCK has one per block. */
+FLASHCORE_INLINE int32_t flashcore_fp8_blocks(const flashcore_fp8_quantise_args *q) {
+  return q->granularity == FLASHCORE_FP8_PER_BLOCK ? q->rows / q->block_rows : 1;
+}
+/* Rows in use of batch entry b. */
+FLASHCORE_INLINE int32_t flashcore_fp8_rows(const flashcore_fp8_quantise_args *q, int32_t b) {
+  return q->seqlens ? flashcore_clamp(q->seqlens[b], 0, q->rows) : q->rows;
+}
+#define FLASHCORE_FP8_MEAN_LANES 16 /* a mean is added up in so many parts: rows r, r + 16, ... */
+
+#if defined(__CUDACC__)
+/* The building blocks of the other headers, without their backends. */
+#if !defined(__CUDACC_RTC__)
+#if !defined(FLASHCORE_WMMA_CUH)
+#define FLASHCORE_WMMA_PARTS_ONLY
+#endif
+#if !defined(FLASHCORE_WGMMA_CUH)
+#define FLASHCORE_WGMMA_PARTS_ONLY
+#endif
+#pragma push_macro("FLASHCORE_IMPLEMENTATION")
+#pragma push_macro("FLASHCORE_BACKEND_IMPLEMENTATION")
+#undef FLASHCORE_IMPLEMENTATION
+#undef FLASHCORE_BACKEND_IMPLEMENTATION
+#endif
+#include "flashcore_wgmma.cuh"
+#include "flashcore_wmma.cuh"
+#if !defined(__CUDACC_RTC__)
+#pragma pop_macro("FLASHCORE_BACKEND_IMPLEMENTATION")
+#pragma pop_macro("FLASHCORE_IMPLEMENTATION")
+#endif
+
+/* Does this arch convert to fp8 in one instruction? Always 0 or 1. sm_89 has it from PTX 8.1, CUDA 12.1 on. */
+#if defined(__CUDA_ARCH__)
+#define FLASHCORE_HAS_FP8_CVT (__CUDA_ARCH__ >= 900 || (__CUDA_ARCH__ == 890 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201))
+#else
+#define FLASHCORE_HAS_FP8_CVT 0
+#endif
+
+/* Are there fp8 products by mma.sync? Always defined, 0 or 1 (0 in the host pass). sm_89 has them from PTX 8.4, CUDA 12.4 on. */
+#define FLASHCORE_QMMA_COMPILER (__CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204)
+#if defined(__CUDA_ARCH__)
+#define FLASHCORE_HAS_QMMA (__CUDA_ARCH__ >= 890 && FLASHCORE_QMMA_COMPILER)
+#else
+#define FLASHCORE_HAS_QMMA 0
+#endif
+
+namespace flashcore {
+inline namespace v0_1_0 {
+
+/* ================================================================================================================================
+ * 2  fp8 on the device; quantiser kernels
+ * ================================================================================================================================ */
+
+/* Element types that are nothing but their name. */
+struct e4m3 {
+  static constexpr int kDtype = FLASHCORE_E4M3;
+};
+struct e5m2 {
+  static constexpr int kDtype = FLASHCORE_E5M2;
+};
+template <> struct element<e4m3> : e4m3 {};
+template <> struct element<e5m2> : e5m2 {};
+
+/* The nearest fp8 number, ties to even, saturating; NaN: 0x7f. In integer arithmetic, on any side. */
+template <typename F8> FLASHCORE_INLINE uint32_t fp8_encode(float x) {
+  constexpr bool kE4m3 = F8::kDtype == FLASHCORE_E4M3;
+  constexpr int kMantissa = kE4m3 ? 3 : 2, kLeastExponent = kE4m3 ? -6 : -14; /* of a normal number */
+  constexpr uint32_t kLargest = kE4m3 ? 0x7e : 0x7b, kDropped = 23 - kMantissa;
+  union {
+    float value;
+    uint32_t bits;
+  } u = {x}, magic;
+  const uint32_t sign = u.bits >> 24 & 0x80, size = u.bits & 0x7fffffff;
+  if (size > 0x7f800000) return 0x7f;
+  uint32_t rounded;
+  if (size < (uint32_t)(127 + kLeastExponent) << 23) { /* subnormal: the last place of `magic` is the step between them */
+    magic.bits = (uint32_t)(127 + 23 + kLeastExponent - kMantissa) << 23;
+    const uint32_t zero = magic.bits;
+    u.bits = size;
+    magic.value += u.value;
+    rounded = magic.bits - zero;
+  } else rounded = ((size + (1u << (kDropped - 1)) - 1 + (size >> kDropped & 1)) >> kDropped) - ((uint32_t)(126 + kLeastExponent) << kMantissa);
+  return sign | (rounded < kLargest ? rounded : kLargest);
+}
+
+/* Four floats rounded to fp8, a in the lowest byte.   ptx  cvt.rn.satfinite.{e4m3x2,e5m2x2}.f32, sm_89, PTX 8.1 (sm_90: 7.8); below: integers */
+template <typename F8> FLASHCORE_DEVICE uint32_t pack4(float a, float b, float c, float d) {
+#if FLASHCORE_HAS_FP8_CVT
+  uint32_t r;
+  if constexpr (F8::kDtype == FLASHCORE_E4M3)
+    asm("{\n\t.reg .b16 l, h;\n\tcvt.rn.satfinite.e4m3x2.f32 l, %2, %1;\n\tcvt.rn.satfinite.e4m3x2.f32 h, %4, %3;\n\tmov.b32 %0, {l, h};\n\t}"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+  else
+    asm("{\n\t.reg .b16 l, h;\n\tcvt.rn.satfinite.e5m2x2.f32 l, %2, %1;\n\tcvt.rn.satfinite.e5m2x2.f32 h, %4, %3;\n\tmov.b32 %0, {l, h};\n\t}"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+  return r;
+#else
+  return fp8_encode<F8>(a) | fp8_encode<F8>(b) << 8 | fp8_encode<F8>(c) << 16 | fp8_encode<F8>(d) << 24;
+#endif
+}
+
+/* A head's factor for what is stored; 1 where there is none. */
+FLASHCORE_DEVICE float fp8_descale(const flashcore_descale &d, int32_t batch, int32_t head) {
+  return d.data ? d.data[batch * d.stride_b + head * d.stride_h] : 1.f;
+}
+/* A factor of products, as a normal number: 0 * -inf would make a masked key NaN. What is negative, or NaN, gives NaN. */
+FLASHCORE_DEVICE float fp8_normal(float x) { return x >= 0.f ? fminf(fmaxf(x, 1.1754944e-38f), 3.402823466e+38f) : __int_as_float(0x7fc00000); }
+
+/* Quantiser kernels. A thread works on pieces of 16 dims of a row; a block of threads on up to kRows rows of one head.
+ *   quantise_mean_kernel     a block per 32 dims of a head: means over its rows, in an order that the reference follows
+ *   quantise_amax_kernel     maximum of the scales that its rows want, into `descale` (scales are positive: they compare as integers do)
+ *   quantise_kernel          PER_BLOCK: amax of its rows, which are in a cache when they are read again; then all: x to fp8 */
+struct quantise_tile {
+  static constexpr int kThreads = 256, kRows = 64, kPiece = 16;
+  static constexpr int kMeanDims = 32, kMeanThreads = kMeanDims * FLASHCORE_FP8_MEAN_LANES;
+};
+
+/* The rows of one block of threads. */
+struct quantise_rows {
+  int32_t batch, head, block, row0, rows;
+  int64_t x, out; /* offsets of its first row, in elements */
+};
+FLASHCORE_INLINE int32_t quantise_rows_per_block(const flashcore_fp8_quantise_args &q) {
+  return q.granularity == FLASHCORE_FP8_PER_BLOCK ? q.block_rows : quantise_tile::kRows;
+}
+FLASHCORE_DEVICE quantise_rows quantise_rows_of(const flashcore_fp8_quantise_args &q) {
+  const int32_t per_block = quantise_rows_per_block(q), blocks = (q.rows + per_block - 1) / per_block, unit = (int32_t)blockIdx.x / blocks;
+  quantise_rows r;
+  r.batch = unit / q.heads;
+  r.head = unit % q.heads;
+  r.block = (int32_t)blockIdx.x % blocks;
+  r.row0 = r.block * per_block;
+  r.rows = max(0, min(flashcore_fp8_rows(&q, r.batch) - r.row0, per_block));
+  r.x = r.batch * q.x.stride_b + r.row0 * q.x.stride_s + r.head * q.x.stride_h;
+  r.out = r.batch * q.out.stride_b + r.row0 * q.out.stride_s + r.head * q.out.stride_h;
+  return r;
+}
+
+/* 16 elements as fp32.   shapes  p: 16-byte aligned */
+template <typename T> FLASHCORE_DEVICE void quantise_load(const T *p, float (&x)[16]) {
+  constexpr int kPerLoad = 16 / (int)sizeof(T);
+#pragma unroll
+  for (int i = 0; i < 16; i += kPerLoad) {
+    const uint4 words = __ldg(reinterpret_cast<const uint4 *>(p + i));
+    T values[kPerLoad];
+    memcpy(values, &words, 16);
+#pragma unroll
+    for (int k = 0; k < kPerLoad; ++k) x[i + k] = element<T>::load(values[k]);
+  }
+}
+/* x becomes x H / sqrt(block), H the Hadamard matrix of that size, whose blocks span block / 16 neighbouring lanes.   callers  a warp, converged */
+FLASHCORE_DEVICE void quantise_rotate(float (&x)[16], int32_t block) {
+#pragma unroll
+  for (int h = 1; h < 16; h *= 2)
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (!(i & h)) {
+        const float a = x[i], b = x[i + h];
+        x[i] = a + b;
+        x[i + h] = a - b;
+      }
+  for (int lanes = 1; lanes < block / 16; lanes *= 2) {
+    const bool upper = threadIdx.x & lanes;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float other = __shfl_xor_sync(0xffffffffu, x[i], lanes);
+      x[i] = upper ? other - x[i] : x[i] + other;
+    }
+  }
+  const float unit = __frsqrt_rn((float)block);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) x[i] *= unit;
+}
+/* Piece i of the rows, as it will be rounded. False: there is no such piece.   callers  a warp, converged, its lanes on pieces in a row */
+template <typename T> FLASHCORE_DEVICE bool quantise_piece(const flashcore_fp8_quantise_args &q, const quantise_rows &r, int i, float (&x)[16]) {
+  const int pieces = q.dim / quantise_tile::kPiece, row = i / pieces, dim = i % pieces * quantise_tile::kPiece;
+  const bool live = row < r.rows;
+#pragma unroll
+  for (float &value : x) value = 0.f;
+  if (live) quantise_load(static_cast<const T *>(q.x.data) + r.x + row * q.x.stride_s + dim, x);
+  if (live && q.mean) {
+    const float *const mean = q.mean + ((int64_t)r.batch * q.heads + r.head) * q.dim + dim;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) x[k] -= mean[k];
+  }
+  if (q.rotation) quantise_rotate(x, q.rotation);
+  return live;
+}
+/* The scale that the rows want; in all threads.   callers  the block */
+template <typename T> FLASHCORE_DEVICE float quantise_amax(const flashcore_fp8_quantise_args &q, const quantise_rows &r) {
+  __shared__ float of_warp[quantise_tile::kThreads / 32];
+  const int pieces = r.rows * (q.dim / quantise_tile::kPiece);
+  float amax = 0.f;
+#pragma unroll 2
+  for (int i = 0; i < pieces; i += quantise_tile::kThreads) {
+    float x[16];
+    quantise_piece<T>(q, r, i + (int)threadIdx.x, x);
+#pragma unroll
+    for (int k = 0; k < 16; ++k) amax = fabsf(x[k]) < INFINITY ? fmaxf(amax, fabsf(x[k])) : amax;
+  }
+  amax = warp_max(amax);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
+  __syncthreads();
+#pragma unroll
+  for (const float other : of_warp) amax = fmaxf(amax, other);
+  return flashcore_fp8_descale(amax, q.dtype_out);
+}
+
+/* Where the scale of the rows lies. */
+FLASHCORE_DEVICE int64_t quantise_scale_index(const flashcore_fp8_quantise_args &q, const quantise_rows &r) {
+  if (q.granularity == FLASHCORE_FP8_PER_TENSOR || q.granularity == FLASHCORE_FP8_GIVEN) return 0;
+  const int64_t unit = (int64_t)r.batch * q.heads + r.head;
+  return q.granularity == FLASHCORE_FP8_PER_HEAD ? unit : unit * flashcore_fp8_blocks(&q) + r.block;
+}
+
+/* callers  heads * batch * ceil(dim / 32) blocks of quantise_tile::kMeanThreads */
+template <typename T> FLASHCORE_KERNEL void quantise_mean_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
+  constexpr int kDims = quantise_tile::kMeanDims, kLanes = FLASHCORE_FP8_MEAN_LANES;
+  __shared__ float part[kLanes][kDims];
+  const int slices = (q.dim + kDims - 1) / kDims, unit = (int)blockIdx.x / slices, b = unit / q.heads, head = unit % q.heads;
+  const int d = (int)threadIdx.x % kDims, lane = (int)threadIdx.x / kDims, dim = (int)blockIdx.x % slices * kDims + d;
+  const int rows = flashcore_fp8_rows(&q, b);
+  const T *const x = static_cast<const T *>(q.x.data) + b * q.x.stride_b + head * q.x.stride_h + dim;
+  float sum = 0.f;
+  if (dim < q.dim) {
+#pragma unroll 8
+    for (int row = lane; row < rows; row += kLanes) sum += element<T>::load(__ldg(x + row * q.x.stride_s));
+  }
+  part[lane][d] = sum;
+  __syncthreads();
+  if (lane > 0 || dim >= q.dim) return;
+#pragma unroll
+  for (int i = 1; i < kLanes; ++i) sum += part[i][d];
+  q.mean[(int64_t)unit * q.dim + dim] = rows > 0 ? __fdiv_rn(sum, (float)rows) : 0.f;
+}
+/* callers  heads * batch * ceil(rows / kRows) blocks of quantise_tile::kThreads; `descale` is zero before */
+template <typename T>
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, 3) quantise_amax_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
+  const quantise_rows r = quantise_rows_of(q);
+  const float descale = quantise_amax<T>(q, r);
+  if (threadIdx.x == 0) atomicMax(reinterpret_cast<int *>(q.descale) + quantise_scale_index(q, r), __float_as_int(descale));
+}
+/* callers  heads * batch * ceil(rows / quantise_rows_per_block) blocks of quantise_tile::kThreads */
+template <typename T>
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, 3) quantise_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
+  const quantise_rows r = quantise_rows_of(q);
+  float descale = q.scale;
+  if (q.granularity == FLASHCORE_FP8_PER_BLOCK) descale = quantise_amax<T>(q, r);
+  else if (q.granularity != FLASHCORE_FP8_GIVEN) descale = q.descale[quantise_scale_index(q, r)];
+  const bool stores = q.granularity == FLASHCORE_FP8_PER_BLOCK || (q.granularity == FLASHCORE_FP8_GIVEN && blockIdx.x == 0 && q.descale);
+  if (stores && threadIdx.x == 0) q.descale[quantise_scale_index(q, r)] = descale;
+  const float factor = __fdiv_rn(1.f, descale);
+  const int pieces_per_row = q.dim / quantise_tile::kPiece, pieces = r.rows * pieces_per_row;
+#pragma unroll 2
+  for (int i = 0; i < pieces; i += quantise_tile::kThreads) {
+    float x[16];
+    const int piece = i + (int)threadIdx.x;
+    if (!quantise_piece<T>(q, r, piece, x)) continue;
+    uint32_t words[4];
+#pragma unroll
+    for (float &value : x) value *= factor;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      words[k] = q.dtype_out == FLASHCORE_E4M3 ? pack4<e4m3>(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3])
+                                               : pack4<e5m2>(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
+    uint8_t *const out = static_cast<uint8_t *>(q.out.data) + r.out + piece / pieces_per_row * q.out.stride_s;
+    *reinterpret_cast<uint4 *>(out + piece % pieces_per_row * quantise_tile::kPiece) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+/* ================================================================================================================================
+ * 3  mma.sync: fp8 products
+ * ================================================================================================================================
+ * To ldmatrix, two neighbouring fp8 elements are one of 16 bits, and the fragments of Q and K are those of a 16-bit matrix of pairs (section 6 of
+ * flashcore.h). V comes transposed, as a matrix whose elements are pairs of dims; its bytes are sorted by dim in registers.
+ *
+ *   m16n8k32: lane L, g = L / 4, t = L % 4      A 16x32, four bytes each:      k 4t..4t+3   k 16+4t..       B 32x8:                n g
+ *                                                                      row g   [  a0           a2 ]            k 4t..4t+3     [ b0 ]
+ *                                                                      row g+8 [  a1           a3 ]            k 16+4t..      [ b1 ]
+ * A product over keys does not ask in which order they come. Position 4t + 2b + e of each 16 holds key 8b + 2t + e: then a lane's accumulators of S
+ * are the bytes of A that it has to supply (qmma_pack_p), and its words of transposed V hold the bytes of B (qmma_split_dims).
+ *
+ *   ldmatrix.trans, lane (g, t)    byte 0              1            2              3
+ *     matrix b: keys 8b .. 8b+7    key 8b+2t, dim 2g   same, 2g+1   key 8b+2t+1, dim 2g   same, 2g+1
+ * So of 16 dims the even ones are columns of one product, the odd ones of the next: column n of product x is dim 2n + x. */
+
+/* Where things lie, for the kernel and its tests. x: which of two column tiles of 8 (or of P: which of four registers). */
+struct qmma_order {
+  static FLASHCORE_MEMBER int key(int position) { return position / 16 * 16 + position % 4 / 2 * 8 + position % 16 / 4 * 2 + position % 2; }
+  static FLASHCORE_MEMBER int dim(int column, int x) { return 2 * column + x; }
+  /* The accumulators of S, of 32 keys in four column tiles, that become byte `byte` of A's register x: their column tile and element. */
+  static FLASHCORE_MEMBER int p_tile(int x, int byte) { return x / 2 * 2 + byte / 2; }
+  static FLASHCORE_MEMBER int p_element(int x, int byte) { return x % 2 * 2 + byte % 2; }
+};
+
+/* Address of chunk c of a row, from that of chunk 0: an exclusive or within a swizzle span (row starts leave its bits 0), a constant beyond. */
+template <typename SwizzledTile> FLASHCORE_INLINE uint32_t qmma_along(uint32_t address, int c) {
+  constexpr int kSpan = SwizzledTile::kSpan;
+  return (address ^ (uint32_t)(c % kSpan * 16)) + (uint32_t)(c / kSpan * kSpan * 16);
+}
+
+/* Bytes 0, 2 and 1, 3 of two words of transposed V: two keys of each, of dim 2g and of dim 2g + 1. */
+static constexpr uint32_t kQmmaEvenDims = 0x6420, kQmmaOddDims = 0x7531; /* selectors of prmt */
+
+#if FLASHCORE_HAS_QMMA || !defined(__CUDA_ARCH__)
+
+/* d += a b, f32 accumulators of which about 14 bits take part in each sum. P, of type e4m3, meets V of either type.
+ *   ptx      mma.sync.aligned.m16n8k32.row.col.f32.{e4m3,e5m2}.{e4m3,e5m2}.f32, sm_89, PTX 8.4; on sm_90 and sm_100 made of 16-bit products
+ *   callers  all 32 lanes, converged */
+template <typename A, typename B> FLASHCORE_DEVICE void qmma_m16n8k32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define FLASHCORE_QMMA(a_type, b_type)                                                                                                               \
+  asm("mma.sync.aligned.m16n8k32.row.col.f32." a_type "." b_type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                        \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                                               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+  if constexpr (A::kDtype == FLASHCORE_E5M2) FLASHCORE_QMMA("e5m2", "e5m2");
+  else if constexpr (B::kDtype == FLASHCORE_E5M2) FLASHCORE_QMMA("e4m3", "e5m2");
+  else FLASHCORE_QMMA("e4m3", "e4m3");
+#undef FLASHCORE_QMMA
+}
+
+/* The smaller of the two; NaN if one is NaN.   ptx  min.NaN.f32, sm_80, PTX 7.0 */
+FLASHCORE_DEVICE float qmma_min(float x, float y) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
+
+/* The B operands of 32 keys by 16 dims from four words of transposed V (keys 0-7, 8-15, 16-23, 24-31): even dims, odd dims. */
+FLASHCORE_DEVICE void qmma_split_dims(const uint32_t (&v)[4], uint32_t (&even)[2], uint32_t (&odd)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    even[i] = __byte_perm(v[2 * i], v[2 * i + 1], kQmmaEvenDims);
+    odd[i] = __byte_perm(v[2 * i], v[2 * i + 1], kQmmaOddDims);
+  }
+}
+
+/* The A operand of 32 keys from their four accumulators. */
+FLASHCORE_DEVICE void qmma_pack_p(const float (&s)[4][4], uint32_t (&p)[4]) {
+  using order = qmma_order;
+#pragma unroll
+  for (int x = 0; x < 4; ++x)
+    p[x] = pack4<e4m3>(s[order::p_tile(x, 0)][order::p_element(x, 0)], s[order::p_tile(x, 1)][order::p_element(x, 1)],
+                       s[order::p_tile(x, 2)][order::p_element(x, 2)], s[order::p_tile(x, 3)][order::p_element(x, 3)]);
+}
+
+#endif /* FLASHCORE_HAS_QMMA */
+
+/* ================================================================================================================================
+ * 4  mma.sync: one struct describes one kernel
+ * ================================================================================================================================ */
+
+/* T: of Q, K and V; kHeadDim: of all of them, smaller ones are zero-padded to it
+ * kRowTiles: 16-row query tiles per warp      kRowWarps: warps, each with rows of its own     kBlockKv: keys per shared-memory stage
+ * kStep: keys per softmax step, and per sum of fp8 products that is added to O in fp32        kBlocksPerSm: what the register cap is made for
+ * The names are those of mma_tile, whose ring, loaders, schedule and masks serve here too. */
+template <typename T_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kBlockKv_, int kStep_, mma_q_source kQ_, int kBlocksPerSm_>
+struct qmma_tile {
+  using T = T_;
+  static constexpr int kHeadDimQk = kHeadDim_, kHeadDimV = kHeadDim_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_;
+  static constexpr int kColumnWarps = 1, kBlockKv = kBlockKv_, kStep = kStep_, kStages = 2, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr mma_q_source kQ = kQ_;
+
+  static constexpr int kThreads = kRowWarps * 32, kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps, kColumns = kHeadDimV;
+  static constexpr bool kLoose = false;
+  static constexpr int kRowBytesQk = kHeadDimQk, kRowBytesV = kHeadDimV;
+
+  /* Shared memory: Q [kBlockQ][kHeadDim], then per stage K [kBlockKv][kHeadDim] and V [kBlockKv][kHeadDim]. */
+  static constexpr int kBytesQ = kBlockQ * kRowBytesQk, kBytesK = kBlockKv * kRowBytesQk, kBytesV = kBlockKv * kRowBytesV;
+  static constexpr int kOffsetQ = 0, kOffsetKv = kBytesQ, kSharedBytes = kOffsetKv + kStages * (kBytesK + kBytesV);
+
+  static_assert(kHeadDimQk % 32 == 0, "a product is 32 dims deep, and a row's stores go by 32 dims");
+  static_assert(kBlockKv % kStep == 0 && kStep % 32 == 0, "softmax steps tile the stage, products of P are 32 keys deep");
+  static_assert(kStep <= 256, "the accumulators of fp8 products are good for so many keys: tests/host/test_qmma.cu");
+  static_assert(kQ != kQRegistersReuse, "Q has shared memory of its own");
+  static_assert(kSharedBytes + kRowWarps * 128 + 32 <= 99 * 1024, "with mma_shared, fits the L4");
+};
+
+/* The tiles in use. wide: throughput. narrow: grids that do not fill the chip with wide tiles, and score rules, which want registers. */
+template <typename T, int kHeadDim, mma_shape kShape> struct qmma_tile_for;
+#define FLASHCORE_QMMA_TILE(dim, shape, ...)                                                                                                         \
+  template <typename T> struct qmma_tile_for<T, dim, shape> : qmma_tile<T, dim, __VA_ARGS__> {}
+
+/* Registers decide, and on an L4 the 100 KiB of an SM, which as many blocks can share as the registers allow. Two row tiles per warp halve what it
+ * reads from shared memory and sorts by dim; 256 dims leave registers for one. On sm_89 nothing spills up to 128 dims, 20 to 120 bytes do at 256.
+ *                   dim         row tiles, warps, keys, step, Q, blocks per SM */
+FLASHCORE_QMMA_TILE(64, kWide, 2, 4, 64, 64, kQShared, 3);
+FLASHCORE_QMMA_TILE(64, kNarrow, 1, 4, 64, 64, kQRegisters, 4);
+FLASHCORE_QMMA_TILE(128, kWide, 2, 4, 64, 64, kQShared, 2);
+FLASHCORE_QMMA_TILE(128, kNarrow, 1, 4, 64, 64, kQRegisters, 2);
+FLASHCORE_QMMA_TILE(256, kWide, 1, 8, 64, 64, kQRegisters, 1);
+FLASHCORE_QMMA_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 2);
+
+/* ================================================================================================================================
+ * 5  mma.sync: one warp's rows
+ * ================================================================================================================================ */
+
+#if FLASHCORE_HAS_QMMA || !defined(__CUDA_ARCH__)
+
+/* What a warp keeps in registers. Rows, softmax state, masks and the end of a row are mma_warp's; products, probabilities and O are fp8's own:
+ * o[i][2c], o[i][2c + 1] are the even and the odd ones of dims 16c .. 16c + 15. Of q, half is used. */
+template <typename Tile> struct qmma_warp : mma_warp<Tile> {
+  using base = mma_warp<Tile>;
+  using T = typename Tile::T;
+  using base::lane, base::row_of, base::o, base::m, base::l, base::q, base::kRowTiles, base::kStep, base::kTilesO;
+  using typename base::tile_qk;
+  using typename base::tile_v;
+  static constexpr int kDepthQk = Tile::kHeadDimQk / 32, kTilesS = kStep / 8;
+  static constexpr float kTop = 8.f;                         /* log2 of a row's largest term: the largest power of two that e4m3 holds */
+  static constexpr bool kAlwaysCaps = Tile::kHeadDimV > 128; /* WHY: two ways to the same registers spill 900 bytes there */
+
+  float scale[kRowTiles][2]; /* of the products of rows g, g + 8, with the descales: to log2 units; with a rule, to natural units */
+
+  /* As mma_warp's, and the scales of the rows, which may be of several heads. */
+  __forceinline__ __device__ void init(const flashcore_attention &a, const mma_schedule &plan, mma_work &w, mma_shared<Tile> &block, uint32_t shared,
+                                       bool general) {
+    base::init(a, plan, w, block, shared);
+    base::v_address = tile_v::offset(lane(), 0);
+    const int kv_head = plan.group.quotient(w.head);
+    if (lane() == 0) { /* bytes are elements */
+      block.work().k = static_cast<const char *>(a.k.data) + w.seq.k + kv_head * a.k.stride_h;
+      block.work().v = static_cast<const char *>(a.v.data) + w.seq.v + kv_head * a.v.stride_h;
+    }
+    __syncwarp();
+    const float k_descale = fp8_descale(a.k_descale, w.batch, kv_head);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = min(row_of(w, i, h), w.rows - 1), head = w.head + row - plan.pack.quotient(row) * plan.pack.d;
+        const float qk = fp8_descale(a.q_descale, w.batch, head) * k_descale;
+        scale[i][h] = general ? a.scale * qk : fp8_normal(plan.scale_log2 * qk);
+      }
+  }
+
+  /* ---- loading ---- */
+
+  /* The tile's rows of Q. Rows past the end become zeros and are never stored. */
+  __forceinline__ __device__ void load_q(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared) {
+    using loader = tile_loader<Tile::kBlockQ, Tile::kRowBytesQk, Tile::kThreads>;
+    const char *src = static_cast<const char *>(a.q.data) + w.seq.q + w.head * a.q.stride_h;
+    const int chunks = a.dim_qk / 16, rows = w.rows - w.row0;
+    if (plan.pack.d == 1) return loader::load_edge(shared + Tile::kOffsetQ, src + w.row0 * a.q.stride_s, (int32_t)a.q.stride_s, rows, chunks);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tile::kBlockQ * tile_qk::kChunks; i += Tile::kThreads) {
+      const int r = i / tile_qk::kChunks, chunk = i % tile_qk::kChunks, query = plan.pack.quotient(w.row0 + r);
+      const int64_t offset = query * a.q.stride_s + (w.row0 + r - query * plan.pack.d) * a.q.stride_h;
+      cp_async<16>(shared + Tile::kOffsetQ + tile_qk::offset(r, chunk), src + offset + chunk * 16, r < rows && chunk < chunks);
+    }
+  }
+  /* Keys from `key` on of K and V into the stage at `dst`; what is past the end becomes zeros, since 0 * NaN is NaN. */
+  static __forceinline__ __device__ void load_kv(const flashcore_attention &a, const mma_work &w, uint32_t dst, int key) {
+    using loader = tile_loader<Tile::kBlockKv, Tile::kRowBytesQk, Tile::kThreads>;
+    const int32_t k_stride = (int32_t)a.k.stride_s, v_stride = (int32_t)a.v.stride_s, keys = w.seq.len_kv - key;
+    const char *k = w.k + (int64_t)key * k_stride, *v = w.v + (int64_t)key * v_stride;
+    if (key + Tile::kBlockKv <= w.full_keys) {
+      loader::load(dst, k, k_stride);
+      loader::load(dst + Tile::kBytesK, v, v_stride);
+    } else {
+      loader::load_edge(dst, k, k_stride, keys, a.dim_qk / 16);
+      loader::load_edge(dst + Tile::kBytesK, v, v_stride, keys, a.dim_v / 16);
+    }
+  }
+
+  /* ---- the two products ---- */
+
+  __forceinline__ __device__ void hold_q() {
+    if constexpr (base::kQHeld) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int k = 0; k < kDepthQk; ++k) base::q_fragment(q[i][k], i, k);
+    }
+  }
+  /* s = Q K^T for kStep keys at `k_tile`.   [16 kRowTiles][kStep] f32
+   *   kExact   sums over 32 dims are added up in fp32. O does not feel that these accumulators keep about 14 bits, since its P has four, but the LSE of
+   *            large logits does, by up to 2^-10 of them */
+  template <bool kExact> __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTilesS][4], uint32_t k_tile) {
+    constexpr int kUnroll = kExact && !base::kQHeld ? 1 : kDepthQk; /* WHY: all at once, exact sums spill 340 bytes at 128 dims */
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
+#pragma unroll kUnroll
+    for (int k = 0; k < kDepthQk; ++k) {
+      uint32_t fq[kRowTiles][4];
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        if constexpr (base::kQHeld) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
+        } else base::q_fragment(fq[i], i, k);
+      }
+#pragma unroll
+      for (int n = 0; n < kTilesS / 2; ++n) {
+        uint32_t fk[4];
+        base::template k_fragment<kTilesS>(fk, k_tile, k * (kTilesS / 2) + n);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            float(&sum)[4] = s[i][2 * n + x];
+            if (!kExact) {
+              qmma_m16n8k32<T, T>(sum, fq[i], fk[2 * x], fk[2 * x + 1]);
+            } else {
+              float part[4] = {};
+              qmma_m16n8k32<T, T>(part, fq[i], fk[2 * x], fk[2 * x + 1]);
+#pragma unroll
+              for (int j = 0; j < 4; ++j) sum[j] += part[j];
+            }
+          }
+      }
+    }
+  }
+  /* o = factor o + P V for kStep keys at `v_tile`.   [16 kRowTiles][kHeadDimV] f32
+   * WHY sums from zero: the accumulator of an fp8 product keeps about 14 bits, so that a long sum loses its last terms. So many keys lose nothing that
+   * shows, and the rescaling of O comes with the addition. */
+  __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kStep / 32][4], const float (&factor)[kRowTiles][2], uint32_t v_tile) {
+#pragma unroll
+    for (int c = 0; c < kTilesO / 2; ++c) {
+      float part[kRowTiles][2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kStep / 32; ++k) {
+        uint32_t v[4], even[2], odd[2];
+        ldmatrix_x4_trans(v, qmma_along<tile_v>(v_tile + base::v_address, c) + k * 32 * Tile::kRowBytesV);
+        qmma_split_dims(v, even, odd);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          qmma_m16n8k32<e4m3, T>(part[i][0], p[i][k], even[0], even[1]);
+          qmma_m16n8k32<e4m3, T>(part[i][1], p[i][k], odd[0], odd[1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          float &sum = o[i][2 * c + x / 4][x % 4];
+          sum = fmaf(sum, factor[i][x % 4 / 2], part[i][x / 4][x % 4]);
+        }
+    }
+  }
+
+  /* ---- scores to probabilities ---- */
+
+  /* The score rule on every element: raw products become logits in log2 units. */
+  template <typename Rule>
+  __forceinline__ __device__ void apply_rule(float (&s)[kRowTiles][kTilesS][4], const flashcore_attention &a, const mma_schedule &plan,
+                                             const mma_work &w, int key, const Rule &rule) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = min(row_of(w, i, h), w.rows - 1), query = plan.pack.quotient(row);
+        score_position at = {w.batch, w.head + row - query * plan.pack.d, query, 0, w.seq.len_q, w.seq.len_kv};
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            at.key = min(key + n * 8 + 2 * (lane() % 4) + x, w.seq.len_kv - 1); /* past the end: masked later, but a rule may read memory */
+            s[i][n][2 * h + x] = softmax_log2_units(rule(a, s[i][n][2 * h + x] * scale[i][h], at));
+          }
+      }
+  }
+  /* Each row's reference m follows its maximum; `factor`: what l and O must be multiplied with.
+   * WHY the exact maximum: where a few keys have nearly all the weight, the rounding of the largest term would be the error.
+   *   returns  true: some reference of the warp is so large that its last bit weighs, and terms need a cap
+   *   edge     a row with no visible key yet has m = FLASHCORE_EMPTY_MAX
+   *   callers  all 32 lanes, converged */
+  template <bool kGeneral> __forceinline__ __device__ bool raise(const float (&s)[kRowTiles][kTilesS][4], float (&factor)[kRowTiles][2]) {
+    bool unusual = false;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float top = fmaxf(m[i][h], __fadd_rd(base::reference_for(s, i, h, kGeneral ? 1.f : scale[i][h]), -kTop));
+        factor[i][h] = ex2(m[i][h] - top);
+        m[i][h] = top;
+        unusual |= fabsf(top) > 1024.f; /* below, the largest term is off by 2^-13 at most, and rounds to 2^kTop */
+      }
+    return __any_sync(0xffffffffu, unusual);
+  }
+  /* s becomes p = exp2(s c - m), rounded; l follows, of what p was before.
+   *   kCapped  a large reference was rounded down, so that the largest terms come out too large: they become 2^kTop
+   *   edge     a row with no visible key has p = 0, l = 0; NaN stays */
+  template <bool kGeneral, bool kCapped>
+  __forceinline__ __device__ void exponentiate(float (&s)[kRowTiles][kTilesS][4], uint32_t (&p)[kRowTiles][kStep / 32][4],
+                                               const float (&factor)[kRowTiles][2]) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float sum[2];
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            float &e = s[i][n][2 * h + x];
+            const float y = fmaf(e, kGeneral ? 1.f : scale[i][h], -m[i][h]);
+            e = ex2(kCapped ? qmma_min(y, kTop) : y);
+            sum[x] = n == 0 ? e : sum[x] + e;
+          }
+        l[i][h] = fmaf(l[i][h], factor[i][h], sum[0] + sum[1]);
+      }
+#pragma unroll
+      for (int k = 0; k < kStep / 32; ++k) {
+        const float(&s_of_k)[4][4] = *reinterpret_cast<const float(*)[4][4]>(&s[i][4 * k]);
+        qmma_pack_p(s_of_k, p[i][k]);
+      }
+    }
+  }
+
+  /* ---- the loop ---- */
+
+  /* The keys of one stage, kStep at a time; key0: the first. */
+  template <typename Rule>
+  __forceinline__ __device__ void take_tile(uint32_t k_tile, uint32_t v_tile, const flashcore_attention &a, const mma_schedule &plan,
+                                            const mma_work &w, int key0, const Rule &rule) {
+#pragma unroll 1
+    for (int c = 0; c < Tile::kBlockKv; c += kStep) {
+      const int key = key0 + c;
+      if (key >= w.warp_last || key + kStep <= w.warp_first) continue;
+      float s[kRowTiles][kTilesS][4], factor[kRowTiles][2];
+      uint32_t p[kRowTiles][kStep / 32][4];
+      if (a.lse) gemm_qk<true>(s, k_tile + c * Tile::kRowBytesQk); /* who wants it pays for its last bits */
+      else gemm_qk<false>(s, k_tile + c * Tile::kRowBytesQk);
+      if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
+      if (key + kStep > w.full_last || key < w.full_first) base::mask(s, a, plan, w, key);
+      if (raise<Rule::kActive>(s, factor) || kAlwaysCaps) exponentiate<Rule::kActive, true>(s, p, factor);
+      else exponentiate<Rule::kActive, false>(s, p, factor);
+      gemm_pv(p, factor, v_tile + c * Tile::kRowBytesV);
+    }
+  }
+  /* All keys of the block's rows.
+   *   callers  all threads of the block, after load_q and init
+   *   implies  barriers of the whole block; on return other warps may still read shared memory */
+  template <typename Rule>
+  __forceinline__ __device__ void mainloop(const flashcore_attention &a, const mma_schedule &plan, mma_shared<Tile> &block, uint32_t shared,
+                                           const Rule &rule) {
+    const mma_work &w = block.work(); /* in shared memory: bounds, too, are read from there */
+    mma_ring<Tile> ring{block};
+    int tile = w.tile_begin - 1;
+    const auto stage_at = [&](int stage) { return shared + Tile::kOffsetKv + stage * (Tile::kBytesK + Tile::kBytesV); };
+    const auto fill_next = [&] {
+      if (tile + 1 < w.tile_end) load_kv(a, w, stage_at(ring.next(tile)), (tile + 1) * Tile::kBlockKv);
+    };
+    const auto next_tile = [&] {
+      ring.advance();
+      if (++tile < w.tile_end) ring.wait_full();
+    };
+    if (w.tile_begin >= w.tile_end) return cp_async_wait_all(); /* Q was for nothing */
+    fill_next();
+    next_tile();
+    hold_q();
+    for (; tile < w.tile_end; next_tile()) {
+      fill_next();
+      const uint32_t k_tile = stage_at(ring.here(tile));
+      take_tile(k_tile, k_tile + Tile::kBytesK, a, plan, w, tile * Tile::kBlockKv, rule);
+    }
+  }
+
+  /* ---- the end ---- */
+
+  /* O of live rows and dims, after finish; v_scale: V's descale. Of dims 16c .. 16c + 15, the even ones in one accumulator and the odd ones in the
+   * next, lane t has 4t .. 4t + 3; even lanes then give what they have of odd c to the odd lane beside them, for what it has of even c: 16 bytes each.
+   *   callers  all 32 lanes, converged */
+  template <typename Out>
+  __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, float v_scale) const {
+    const bool is_odd = lane() % 2;
+    const int column = lane() % 2 * 16 + lane() % 4 / 2 * 8;
+    Out *const out = static_cast<Out *>(a.o.data) + w.seq.o + w.head * a.o.stride_h + column;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(w, i, h), query = plan.pack.quotient(row), dims = row < w.rows ? a.dim_v - column : 0;
+        Out *const dst = out + query * a.o.stride_s + (row - query * plan.pack.d) * a.o.stride_h;
+#pragma unroll
+        for (int n = 0; n < kTilesO; n += 4) {
+          uint32_t x[4]; /* dims 4t, 4t + 1; 4t + 2, 4t + 3; the same of the next 16 dims */
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            x[j] = pack2<Out>(o[i][n + j / 2 * 2][2 * h + j % 2] * v_scale, o[i][n + j / 2 * 2 + 1][2 * h + j % 2] * v_scale);
+          const uint32_t low = __shfl_xor_sync(0xffffffffu, is_odd ? x[0] : x[2], 1), high = __shfl_xor_sync(0xffffffffu, is_odd ? x[1] : x[3], 1);
+          if (n * 8 < dims) *reinterpret_cast<uint4 *>(dst + n * 8) = is_odd ? make_uint4(low, high, x[2], x[3]) : make_uint4(x[0], x[1], low, high);
+        }
+      }
+  }
+};
+
+#endif /* FLASHCORE_HAS_QMMA */
+
+/* ================================================================================================================================
+ * 6  mma.sync: kernel
+ * ================================================================================================================================ */
+
+/* O = softmax(rule(Q K^T)) V for one tile of query rows. */
+template <typename Tile, typename Rule>
+FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
+    qmma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ mma_schedule plan, const Rule rule) {
+#if FLASHCORE_HAS_QMMA
+  extern __shared__ __align__(128) unsigned char flashcore_shared[];
+  const uint32_t shared = shared_address(flashcore_shared);
+  __shared__ mma_shared<Tile> block;
+  mma_work work;
+  if (!mma_find_work<Tile>(a, plan, blockIdx.x, work)) return;
+  qmma_warp<Tile> warp;
+  warp.load_q(a, plan, work, shared);
+  warp.init(a, plan, work, block, shared, Rule::kActive);
+  warp.mainloop(a, plan, block, shared, rule);
+  warp.finish(a, plan, block.work());
+  const mma_work &w = block.work();
+  const float v_scale = fp8_descale(a.v_descale, w.batch, plan.group.quotient(w.head));
+  if (a.dtype_o == FLASHCORE_F16) warp.template store<__half>(a, plan, w, v_scale);
+  else warp.template store<__nv_bfloat16>(a, plan, w, v_scale);
+#else
+  __trap();
+#endif
+}
+
+/* ================================================================================================================================
+ * 7  wgmma: fp8 products
+ * ================================================================================================================================
+ * To TMA, to wgmma's addresses and to ldmatrix, two neighbouring fp8 elements are one of 16 bits: rows of 128 bytes in 128-byte swizzle, k steps of 32
+ * bytes. So Q and K go the way of flashcore_wgmma.cuh, with dims counted in pairs. */
+
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+
+/* d = a b, or d += a b: a 64 x 32, b 32 x kN, both K-major (fp8 has no other), f32 accumulators of which some 14 bits are kept. Asynchronous.
+ *   ptx      wgmma.mma_async.sync.aligned.m64nNk32.f32.{e4m3,e5m2}.{e4m3,e5m2}, sm_90a, PTX 8.0
+ *   shapes   ss: a and b in shared memory; rs: a in registers, a 16-bit fragment of pairs; p: the same with a of type e4m3, whatever b is
+ *   callers  as for 16-bit types (section 2 of flashcore_wgmma.cuh) */
+#define FLASHCORE_QGMMA(T, type, n, list, outputs, i0, i1, i2, i3, i4, i5)                                                                           \
+  template <> struct wgmma<T, n> {                                                                                                                   \
+    static __forceinline__ __device__ void ss(float (&d)[n / 8][4], uint64_t a, uint64_t b, bool accumulate) {                                       \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i2 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k32.f32." type "." type " {" list    \
+                   "}, %" #i0 ", %" #i1 ", p, 1, 1;\n\t}"                                                                                            \
+                   : outputs                                                                                                                         \
+                   : "l"(a), "l"(b), "r"((int)accumulate));                                                                                          \
+    }                                                                                                                                                \
+    template <int kTransB> static __forceinline__ __device__ void rs(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {    \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i5 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k32.f32." type "." type " {" list    \
+                   "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1;\n\t}"                                                               \
+                   : outputs                                                                                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));                                                      \
+    }                                                                                                                                                \
+    static __forceinline__ __device__ void p(float (&d)[n / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {                            \
+      asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #i5 ", 0;\n\twgmma.mma_async.sync.aligned.m64n" #n "k32.f32."                            \
+                   "e4m3"                                                                                                                            \
+                   "." type " {" list "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", p, 1, 1;\n\t}"                                            \
+                   : outputs                                                                                                                         \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate));                                                      \
+    }                                                                                                                                                \
+  };
+#define FLASHCORE_L16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLASHCORE_QGMMA_OF(T, type)                                                                                                                  \
+  FLASHCORE_QGMMA(T, type, 32, FLASHCORE_L16, FLASHCORE_D16(0), 16, 17, 18, 19, 20, 21)                                                              \
+  FLASHCORE_QGMMA(T, type, 64, FLASHCORE_L32, FLASHCORE_D32(0), 32, 33, 34, 35, 36, 37)                                                              \
+  FLASHCORE_QGMMA(T, type, 96, FLASHCORE_L48, FLASHCORE_D48(0), 48, 49, 50, 51, 52, 53)                                                              \
+  FLASHCORE_QGMMA(T, type, 128, FLASHCORE_L64, FLASHCORE_D64(0), 64, 65, 66, 67, 68, 69)                                                             \
+  FLASHCORE_QGMMA(T, type, 256, FLASHCORE_L128, FLASHCORE_D128(0), 128, 129, 130, 131, 132, 133)
+FLASHCORE_QGMMA_OF(e4m3, "e4m3")
+FLASHCORE_QGMMA_OF(e5m2, "e5m2")
+
+#if FLASHCORE_QMMA_COMPILER
+/* d += a b by one warp, as wgmma_warp asks for it: the fragments of a 16-bit product, of pairs. Rare here, and on sm_90 made of 16-bit products. */
+template <> __forceinline__ __device__ void mma_m16n8k16<e4m3>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  qmma_m16n8k32<e4m3, e4m3>(d, a, b0, b1);
+}
+template <> __forceinline__ __device__ void mma_m16n8k16<e5m2>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  qmma_m16n8k32<e5m2, e5m2>(d, a, b0, b1);
+}
+#endif
+#endif /* FLASHCORE_HAS_SM90A */
+
+/* ================================================================================================================================
+ * 8  wgmma: one struct describes one kernel
+ * ================================================================================================================================ */
+
+enum qgmma_barrier { kTurnBarrier = 8 }; /* first of one per warpgroup */
+
+/* How much is spent on accuracy.
+ *   accurate   a row's reference is its maximum so far, so that its largest p is exactly 2^8; O is added up in f32 after every 512 keys
+ *   fast       the reference stays where the first block has put it while no term gets too large for e4m3; O: after every 1024 keys */
+enum qgmma_mode { kAccurate, kFast };
+
+/* T: e4m3 or e5m2; kHeadDim: of Q, K and V, smaller ones are zero-padded to it; the others as in wgmma_tile
+ * kRawStages: blocks of V as it came, before it is transposed
+ * Kept: float or __half, what the older part of O is kept as while the tensor cores add to the newer one
+ * kExact: S is added up in f32 after every 32 dims. The LSE of large logits would show the bits that the tensor cores drop; O, whose P has four, does
+ *         not */
+template <typename T_, qgmma_mode kMode_, int kHeadDim_, int kGroups_, int kBlockKv_, int kStages_, int kRawStages_, wgmma_q kQ_, typename Kept_,
+          bool kExact_ = false>
+struct qgmma_tile {
+  using T = T_;
+  using Kept = Kept_;
+  static constexpr qgmma_mode kMode = kMode_;
+  static constexpr bool kExact = kExact_;
+  /* Q and K in pairs. Rows have 128 bytes at dim 64 too: half of them are zeros that cost no memory traffic, and every tile is swizzled alike. */
+  static constexpr int kHeadDimQk = kHeadDim_ / 2, kHeadDimV = kHeadDim_;
+  static constexpr int kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_, kRawStages = kRawStages_, kParts = 1;
+  static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kMode == kFast;
+  static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
+  static constexpr int kTransposers = 3;
+  static constexpr bool kTurns = kMode == kAccurate; /* it gains up to 4 % there, and loses up to 20 % of short causal rows in the fast mode (H200) */
+  static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
+  static constexpr int kPromoteBlocks = (kMode == kAccurate ? 512 : 1024) / kBlockKv;
+
+  /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], raw V [kRawStages], each [pairs / 64][rows][128 bytes];
+   * V transposed [kStages], each [kBlockKv / kRowV][dims][kRowV keys]; the older part of O [kGroups]. */
+  static constexpr int kColumns = (kHeadDimQk + 63) / 64 * 64, kRowV = kBlockKv % 128 == 0 ? 128 : kBlockKv % 64 == 0 ? 64 : 32; /* pairs; bytes */
+  static constexpr int kBytesQ = 64 * kColumns * 2, kBytesK = kBlockKv * kColumns * 2, kBytesV = kBlockKv * kHeadDimV;
+  static constexpr int kBytesKept = 64 * kHeadDimV * (int)sizeof(Kept);
+  static constexpr int kOffsetK = kQStages * kGroups * kBytesQ, kOffsetRaw = kOffsetK + kStages * kBytesK;
+  static constexpr int kOffsetV = kOffsetRaw + kRawStages * kBytesK, kOffsetKept = kOffsetV + kStages * kBytesV;
+  static constexpr int kOffsetBarriers = kOffsetKept + kGroups * kBytesKept, kBytesBarriers = 512,
+                       kSharedBytes = kOffsetBarriers + kBytesBarriers + 1024;
+
+  /* Transposing takes registers that 16-bit producers give away. */
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = kGroups == 2 ? 224 : kGroups == 3 ? 152 : 104;
+
+  static_assert(kHeadDim_ % 64 == 0 && kBlockKv % 32 == 0, "whole swizzled rows of V transposed");
+  static_assert(kGroups >= 2 && kGroups <= 4, "registers are shared out for these");
+  static_assert(kStages > ((kGroups - 1) * 64 + kBlockKv - 1) / kBlockKv && kStages >= 2, "more stages than blocks that a group skips");
+  static_assert(kProducerRegisters * 128 + kConsumerRegisters * kGroups * 128 <= 65536, "registers of an SM");
+};
+
+/* The tiles in use
+ *   wide      most
+ *   long      many keys: more rows, so that K and V are read less often
+ *   short     few keys: blocks that leave little remainder
+ *   exact     who wants the LSE waits for its last bits
+ *   general   with a score rule, which needs registers
+ * WHY __half: where f32 would not fit, or leave no room for stages. Its values are kept in units of the row's sum: an error of 2^-12 each time. */
+enum qgmma_shape { kWideFp8, kLongFp8, kShortFp8, kExactFp8, kGeneralFp8 };
+
+template <typename T, qgmma_mode kMode, int kHeadDim, qgmma_shape kShape> struct qgmma_tile_for;
+#define FLASHCORE_QGMMA_TILE(mode, dim, shape, ...)                                                                                                  \
+  template <typename T> struct qgmma_tile_for<T, mode, dim, shape> : qgmma_tile<T, mode, dim, __VA_ARGS__> {}
+
+/*                   mode, dim, shape         groups, keys, stages, raw stages, Q, kept, exact; the last two shapes serve both modes */
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kWideFp8, 3, 128, 3, 2, kQFragments, float);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kExactFp8, 2, 64, 4, 2, kQFragments, float, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kExactFp8, 2, 64, 4, 2, kQFragments, float, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kWideFp8, 2, 96, 2, 1, kQOnce, __half);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kShortFp8, 2, 64, 2, 2, kQOnce, __half);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kExactFp8, 2, 32, 3, 2, kQOnce, __half, true); /* more keys have no registers */
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kGeneralFp8, 2, 32, 3, 2, kQOnce, __half, true);
+FLASHCORE_QGMMA_TILE(kFast, 64, kWideFp8, 4, 64, 4, 2, kQTwice, float);
+FLASHCORE_QGMMA_TILE(kFast, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float);
+FLASHCORE_QGMMA_TILE(kFast, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half);
+FLASHCORE_QGMMA_TILE(kFast, 256, kWideFp8, 2, 96, 2, 1, kQOnce, __half);
+FLASHCORE_QGMMA_TILE(kFast, 256, kShortFp8, 2, 64, 2, 2, kQOnce, __half);
+
+/* Is it in the table? */
+template <typename Tile, typename = void> struct qgmma_has_tile { static constexpr bool value = false; };
+template <typename Tile> struct qgmma_has_tile<Tile, decltype((void)Tile::kBlockQ)> { static constexpr bool value = true; };
+
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+
+/* The barriers of wgmma_barriers, and those between TMA and the transposing warps. */
+template <typename Tile> struct qgmma_barriers : wgmma_barriers<Tile> {
+  using shared = wgmma_barriers<Tile>;
+  static constexpr int kBytes = shared::kBytes + 16 * Tile::kRawStages;
+  static_assert(kBytes <= Tile::kBytesBarriers, "fits the place that the tile keeps for it");
+  __forceinline__ __device__ uint32_t raw_full(int stage) const { return shared::base + shared::kBytes + 8 * stage; }
+  __forceinline__ __device__ uint32_t raw_free(int stage) const { return raw_full(Tile::kRawStages + stage); }
+
+  /* callers  one thread, then a barrier of the block */
+  __forceinline__ __device__ void init() const {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      mbarrier_init(shared::k_full(i), 1);
+      mbarrier_init(shared::v_full(i), Tile::kTransposers);
+      mbarrier_init(shared::k_free(i), Tile::kConsumerWarps);
+      mbarrier_init(shared::v_free(i), Tile::kConsumerWarps);
+    }
+    for (int i = 0; i < Tile::kRawStages; ++i) {
+      mbarrier_init(raw_full(i), 1);
+      mbarrier_init(raw_free(i), Tile::kTransposers);
+    }
+    for (int i = 0; i < shared::kQs; ++i) {
+      mbarrier_init(shared::q_full(0, i), 1);
+      mbarrier_init(shared::q_free(0, i), 4);
+    }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared::work_full(i), Tile::kConsumerWarps);
+      mbarrier_init(shared::work_free(i), Tile::kConsumerWarps);
+    }
+    fence_mbarrier_init();
+  }
+};
+
+/* Of a tile's scores and values, with the descales. */
+struct qgmma_scales {
+  float natural, log2, v; /* products to logits; to logits in log2 units (1 behind a rule); what O is multiplied with */
+};
+template <typename Tile> struct qgmma_shared : wgmma_shared<Tile> { qgmma_scales scales[2]; /* of tiles 0, 2, ... and 1, 3, ... */ };
+
+/* ================================================================================================================================
+ * 9  wgmma: the producer and the transposers
+ * ================================================================================================================================ */
+
+/* What the consumers have to know of a tile: lane i works it out for consumer warp i. more: there is a tile.   callers  one warp, converged */
+template <typename Tile, typename Rule>
+FLASHCORE_DEVICE void qgmma_plan_tile(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int tile, bool more,
+                                      qgmma_shared<Tile> &block, uint32_t shared) {
+  const qgmma_barriers<Tile> barriers = {{shared + Tile::kOffsetBarriers}};
+  const int lane = threadIdx.x % 32, row_in_tile = lane * 16;
+  mbarrier_wait(barriers.work_free(tile), (tile / 2 & 1) ^ 1);
+  if (lane < Tile::kConsumerWarps) {
+    wgmma_walk &walk = block.walks[tile % 2][lane];
+    if (more) wgmma_find_walk<Tile>(a, plan, w, row_in_tile / 64 * 64, row_in_tile, walk);
+    else walk.blocks = 0;
+    if (more && lane == 0) {
+      const int kv_head = plan.group.quotient(w.head);
+      const float qk = fp8_descale(a.q_descale, w.batch, w.head) * fp8_descale(a.k_descale, w.batch, kv_head);
+      block.scales[tile % 2] = {a.scale * qk, Rule::kActive ? 1.f : fp8_normal(plan.scale_log2 * qk), fp8_descale(a.v_descale, w.batch, kv_head)};
+    }
+    mbarrier_arrive(barriers.work_full(tile));
+  }
+  __syncwarp();
+}
+
+/* All Q, K and V of the block's tiles, and their plan.   callers  one warp, converged
+ *   WHY the plan behind the first K: it takes a while, and waits until the tile before the last is done, which needs nothing that is not on its way */
+template <typename Tile, typename Rule>
+FLASHCORE_DEVICE void qgmma_produce(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_maps &maps, qgmma_shared<Tile> &block,
+                                    uint32_t shared) {
+  const qgmma_barriers<Tile> barriers = {{shared + Tile::kOffsetBarriers}};
+  const wgmma_input q_in = {maps.q, a.q, 0, 0, false}, k_in = {maps.k, a.k, 0, 0, false}, v_in = {maps.v, a.v, 0, 0, false}; /* TMA knows the rest */
+  wgmma_ring<Tile::kQStages> q = {0, 0};
+  wgmma_ring<Tile::kStages> k = {0, 0};
+  wgmma_ring<Tile::kRawStages> v = {0, 0};
+  wgmma_work w;
+  int tile = 0;
+  for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w); ++tile) {
+    const int q_batch = a.cu_seqlens_q ? 0 : w.batch, kv_batch = a.cu_seqlens_kv ? 0 : w.batch, kv_head = plan.group.quotient(w.head);
+    for (int wg = 0; wg < Tile::kGroups; ++wg)
+      wgmma_fill<Tile::kColumns, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, q_in, 0, barriers.q_full(q.stage, wg),
+                                     barriers.q_free(q.stage, wg), q.parity, w.q_row + w.row0 + 64 * wg, w.head, q_batch);
+    q = q.next();
+    for (int j = w.end - 1; j >= w.begin; --j) {
+      const int row = w.kv_row + j * Tile::kBlockKv;
+      wgmma_fill<Tile::kColumns, Tile::kBlockKv>(shared + Tile::kOffsetK + k.stage * Tile::kBytesK, k_in, 0, barriers.k_full(k.stage),
+                                                 barriers.k_free(k.stage), k.parity, row, kv_head, kv_batch);
+      if (j == w.end - 1) qgmma_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
+      wgmma_fill<Tile::kColumns, Tile::kBlockKv>(shared + Tile::kOffsetRaw + v.stage * Tile::kBytesK, v_in, 0, barriers.raw_full(v.stage),
+                                                 barriers.raw_free(v.stage), v.parity, row, kv_head, kv_batch);
+      k = k.next();
+      v = v.next();
+    }
+  }
+  qgmma_plan_tile<Tile, Rule>(a, plan, w, tile, false, block, shared);
+}
+
+/* V from [keys][dims] to [dims][keys] in items of 16 keys and up to 128 dims; no lane needs another's data but through ldmatrix and stmatrix:
+ *   ldmatrix.trans   of 16-bit elements, which are pairs of dims: lane (g, t) gets dims 2g, 2g+1 of keys 2t, 2t+1 (r[0]) and 8+2t, 9+2t (r[1])
+ *   prmt             even dims | odd dims:     k(2t) k(2t+1) k(8+2t) k(9+2t)
+ *   stmatrix         row 16c + 8e + g of V transposed holds dim 16c + 2g + e; position 4t + 2b + e of 16 keys holds key 8b + 2t + e, which is the
+ *                    order in which a lane's scores, rounded and packed, are the A operand of P V (qgmma_warp::pack_p) */
+template <typename Tile> struct qgmma_transposer {
+  static constexpr int kRowV = Tile::kRowV, kPieces = Tile::kHeadDimV < 128 ? Tile::kHeadDimV / 32 : 4; /* of 32 dims in an item */
+  static constexpr int kColumns = Tile::kHeadDimV / (32 * kPieces), kItems = Tile::kBlockKv / 16 * kColumns, kStep = Tile::kTransposers;
+  uint32_t from[kPieces]; /* this lane's offsets in an item */
+  int lane;
+
+  __forceinline__ __device__ qgmma_transposer() : lane((int)threadIdx.x % 32) {
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c) from[c] = swizzled_tile<128>::offset(lane % 16, 2 * c + lane / 16);
+  }
+  /* keys: how many of the block are there; V is zero from there on, as 0 * NaN would be NaN. */
+  __forceinline__ __device__ void load(uint32_t (&r)[kPieces][4], uint32_t raw, int item, int keys) const {
+    const int key0 = item / kColumns * 16;
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c) ldmatrix_x4_trans(r[c], raw + item % kColumns * Tile::kBlockKv * 128 + key0 * 128 + from[c]);
+    if (key0 + 16 <= keys) return;
+    const int live = keys - key0 - 2 * (lane % 4);
+    const uint32_t low = live >= 2 ? ~0u : live == 1 ? 0xffffu : 0u, high = live >= 10 ? ~0u : live == 9 ? 0xffffu : 0u;
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c) r[c][0] &= low, r[c][2] &= low, r[c][1] &= high, r[c][3] &= high;
+  }
+  __forceinline__ __device__ void store(const uint32_t (&r)[kPieces][4], uint32_t v, int item) const {
+    const int keys = item / kColumns; /* a group of 16: one chunk of a row */
+    const uint32_t to = v + keys / (kRowV / 16) * Tile::kHeadDimV * kRowV + item % kColumns * 32 * kPieces * kRowV +
+                        swizzled_tile<kRowV>::offset(lane, keys % (kRowV / 16));
+#pragma unroll
+    for (int c = 0; c < kPieces; ++c)
+      stmatrix(to + c * 32 * kRowV, {__byte_perm(r[c][0], r[c][1], 0x6420), __byte_perm(r[c][0], r[c][1], 0x7531),
+                                     __byte_perm(r[c][2], r[c][3], 0x6420), __byte_perm(r[c][2], r[c][3], 0x7531)});
+  }
+  /* The items of one warp (0 .. kTransposers - 1), two in flight. */
+  __forceinline__ __device__ void block(uint32_t raw, uint32_t v, int warp, int keys) const {
+    uint32_t x[kPieces][4], y[kPieces][4];
+    load(x, raw, warp, keys);
+#pragma unroll 1
+    for (int item = warp; item < kItems; item += 2 * kStep) {
+      if (item + kStep < kItems) load(y, raw, item + kStep, keys);
+      store(x, v, item);
+      if (item + 2 * kStep < kItems) load(x, raw, item + 2 * kStep, keys);
+      if (item + kStep < kItems) store(y, v, item + kStep);
+    }
+  }
+};
+
+/* Transposes all V of the block's tiles.   callers  Tile::kTransposers warps, each converged; warp: 0 .. kTransposers - 1 */
+template <typename Tile> FLASHCORE_DEVICE void qgmma_transpose(const flashcore_attention &a, const wgmma_schedule &plan, uint32_t shared, int warp) {
+  const qgmma_barriers<Tile> barriers = {{shared + Tile::kOffsetBarriers}};
+  const qgmma_transposer<Tile> transposer;
+  wgmma_ring<Tile::kRawStages> raw = {0, 0};
+  wgmma_ring<Tile::kStages> v = {0, 0};
+  wgmma_work w;
+  for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w);)
+    for (int j = w.end - 1; j >= w.begin; --j) {
+      mbarrier_wait(barriers.raw_full(raw.stage), raw.parity);
+      mbarrier_wait(barriers.v_free(v.stage), v.parity ^ 1u);
+      transposer.block(shared + Tile::kOffsetRaw + raw.stage * Tile::kBytesK, shared + Tile::kOffsetV + v.stage * Tile::kBytesV, warp,
+                       w.len_kv - j * Tile::kBlockKv);
+      fence_proxy_async();
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) {
+        mbarrier_arrive(barriers.v_full(v.stage));
+        mbarrier_arrive(barriers.raw_free(raw.stage));
+      }
+      raw = raw.next();
+      v = v.next();
+    }
+}
+
+/* ================================================================================================================================
+ * 10  wgmma: the consumers' mainloop
+ * ================================================================================================================================ */
+
+/* A warp's 16 rows: rings, Q, the product with K, masks and the end of a row are wgmma_warp's; the probabilities and O are fp8's own. */
+template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rule, no_prologue, no_epilogue> {
+  using base = wgmma_warp<Tile, Rule, no_prologue, no_epilogue>;
+  using T = typename Tile::T;
+  using Kept = typename Tile::Kept;
+  using base::at, base::o, base::s, base::m, base::l, base::factor, base::inverse, base::wg, base::wary, base::lane;
+  using typename base::ring;
+  static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = base::kTilesS, kTilesO = base::kTilesO;
+  static constexpr bool kTrustsSums = Tile::kTrustsSums && !Rule::kActive;
+  /* p of a term at the reference is 2^kTop, exact in e4m3. fast: in a block of equal scores the sum of a lane's terms stays below kSumLimit, and what
+   * the sum bounds, e4m3 can hold. */
+  static constexpr int kFirstBlocks = 512 / kBlockKv; /* fast: so many blocks after the first are looked at, which often finds the maximum */
+  static constexpr float kTop = !kTrustsSums ? 8.f : kBlockKv > 64 ? 3.f : 4.f, kSumLimit = 448.f;
+
+  uint32_t p8[kBlockKv / 32][4]; /* the A operand of P V */
+  float part[Tile::kExact ? kTilesS : 1][4];
+  float peak[2];  /* the largest score of rows g, g + 8 so far, as products: what m follows (accurate) */
+  float older[2]; /* what the part of O in shared memory must be multiplied with */
+  bool has_older; /* is there such a part? */
+  bool unusual;   /* some reference is so large that its last bit weighs, or there is none yet */
+  int in_o;       /* blocks whose P V is in o */
+  qgmma_shared<Tile> &block8;
+
+  __forceinline__ __device__ qgmma_warp(qgmma_shared<Tile> &block_, uint32_t shared_, const Rule &rule_, const no_prologue &p, const no_epilogue &e)
+      : base(block_, shared_, rule_, p, e), has_older(false), unusual(false), in_o(0), block8(block_) {}
+
+  /* s = Q K^T of a block: issued, one group; exact: complete.   [64][kBlockKv] f32 per warpgroup */
+  __forceinline__ __device__ void gemm_qk(ring r) {
+    if constexpr (!Tile::kExact) {
+      base::gemm_qk(r);
+    } else {
+      const uint64_t q_tile = wgmma_descriptor(base::q_address(), 0), k_tile = wgmma_descriptor(base::k_address(r), 0);
+#pragma unroll
+      for (int k = 0; k < base::kDepthQk; ++k) {
+        const uint64_t k_step = k_tile + ((k / 4 * kBlockKv * 128 + k % 4 * 32) >> 4);
+        wgmma_pin(part);
+        wgmma_fence();
+        if constexpr (Tile::kQHeld) wgmma<T, kBlockKv>::template rs<0>(part, base::q[k], k_step, false);
+        else wgmma<T, kBlockKv>::ss(part, q_tile + ((k / 4 * 64 * 128 + k % 4 * 32) >> 4), k_step, false);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(part);
+#pragma unroll
+        for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+          for (int x = 0; x < 4; ++x) s[n][x] = k == 0 ? part[n][x] : s[n][x] + part[n][x];
+      }
+    }
+  }
+
+  /* ---- O ---- */
+
+  /* o = P V of the block at hand, or o += P V: issued, one group.   [64][kHeadDimV] f32 per warpgroup */
+  __forceinline__ __device__ void gemm_pv() {
+    constexpr int kRowV = Tile::kRowV, kSteps = kRowV / 32; /* k steps in a row */
+    const uint64_t v_tile = wgmma_descriptor<kRowV>(base::v_address(at), 0);
+    wgmma_pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockKv / 32; ++k)
+      wgmma<T, Tile::kHeadDimV>::p(o, p8[k], v_tile + ((k / kSteps * Tile::kHeadDimV * kRowV + k % kSteps * 32) >> 4), in_o > 0 || k > 0);
+    wgmma_commit();
+    ++in_o;
+  }
+  __forceinline__ __device__ uint32_t kept_address(int n) const {
+    return base::shared + Tile::kOffsetKept + wg * Tile::kBytesKept + (n * 128 + (int)threadIdx.x % 128) * 4 * (int)sizeof(Kept);
+  }
+  __forceinline__ __device__ void keep(int n, const float (&unit)[2]) const {
+    if constexpr (sizeof(Kept) == 4)
+      asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(kept_address(n)), "f"(o[n][0]), "f"(o[n][1]), "f"(o[n][2]), "f"(o[n][3]) : "memory");
+    else
+      asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(kept_address(n)), "r"(pack2<Kept>(o[n][0] * unit[0], o[n][1] * unit[0])),
+                   "r"(pack2<Kept>(o[n][2] * unit[1], o[n][3] * unit[1]))
+                   : "memory");
+  }
+  __forceinline__ __device__ void load_kept(int n, float (&x)[4]) const {
+    if constexpr (sizeof(Kept) == 4) {
+      asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3]) : "r"(kept_address(n)) : "memory");
+    } else {
+      uint32_t words[2];
+      asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(kept_address(n)) : "memory");
+      unpack2<Kept>(words[0], x[0], x[1]);
+      unpack2<Kept>(words[1], x[2], x[3]);
+    }
+  }
+  /* o += the older part of O, times `older`, for kBatch column tiles; as many loads are in flight. */
+  static constexpr int kBatch = 8;
+  __forceinline__ __device__ void add_kept(int first) {
+    float x[kBatch][4];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) load_kept(first + n, x[n]);
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[first + n][i] = fmaf(x[n][i], older[i / 2], o[first + n][i]);
+  }
+  /* o joins the part of O in shared memory, which each thread has to itself.
+   * WHY: the accumulator of an fp8 product keeps 14 bits, so that a long sum loses its last terms: values of one sign came out 25 % too small after
+   * 16384 keys, and 0.6 % after 512 (H200). */
+  __forceinline__ __device__ void promote() {
+    float sum[2] = {1.f, 1.f}, unit[2] = {1.f, 1.f};
+    if constexpr (sizeof(Kept) == 2) /* in units of the row's sum, no larger than V */
+#pragma unroll
+      for (int h = 0; h < 2; ++h) sum[h] = quad_sum(l[h]), unit[h] = sum[h] > 0.f ? softmax_reciprocal(sum[h]) : sum[h];
+#pragma unroll
+    for (int first = 0; first < kTilesO; first += kBatch) {
+      if (has_older) add_kept(first);
+#pragma unroll
+      for (int n = 0; n < kBatch; ++n) keep(first + n, unit);
+    }
+    older[0] = sum[0], older[1] = sum[1];
+    has_older = true;
+    in_o = 0;
+  }
+  /* Warpgroups issue their products in turn, so that one computes probabilities while the tensor cores work for another. */
+  __forceinline__ __device__ void turn() const {
+    if (Tile::kTurns) asm volatile("barrier.sync %0, 256;" ::"r"(kTurnBarrier + wg) : "memory");
+  }
+  __forceinline__ __device__ void pass() const {
+    if (Tile::kTurns) asm volatile("barrier.arrive %0, 256;" ::"r"(kTurnBarrier + (wg + 1 == Tile::kGroups ? 0 : wg + 1)) : "memory");
+  }
+  __forceinline__ __device__ void rescale_all() {
+    base::rescale();
+    older[0] *= factor[0], older[1] *= factor[1];
+  }
+
+  /* ---- scores to probabilities ---- */
+
+  /* As in wgmma_warp, with this tile's scale. */
+  __forceinline__ __device__ void apply_rule(const flashcore_attention &a, const wgmma_walk &w, int j, float scale) {
+    const wgmma_work &tile = w.tile;
+    if (tile.len_kv == 0) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      score_position position = {tile.batch, tile.head, min(base::row_of(w, h), tile.len_q - 1), 0, tile.len_q, tile.len_kv};
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          position.key = min(j * kBlockKv + n * 8 + 2 * (lane() % 4) + x, tile.len_kv - 1);
+          s[n][2 * h + x] = softmax_log2_units(base::rule(a, s[n][2 * h + x] * scale, position));
+        }
+    }
+  }
+  /* The reference for a peak. */
+  static __forceinline__ __device__ float reference(float x, float scale_log2) { return softmax_reference(x, scale_log2) - kTop; }
+  __forceinline__ __device__ void move(int h, float to) {
+    factor[h] = ex2(m[h] - to);
+    m[h] = to;
+    l[h] *= factor[h];
+  }
+  /* The reference of a row follows its maximum.   returns  whether one of the warp moved     callers  all 32 lanes, converged */
+  __forceinline__ __device__ bool look(float scale_log2) {
+    const float top[2] = {base::lane_max(0), base::lane_max(1)};
+    if (!__any_sync(0xffffffffu, top[0] > peak[0] || top[1] > peak[1])) return false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      peak[h] = fmaxf(peak[h], quad_max(top[h]));
+      move(h, fmaxf(m[h], reference(peak[h], scale_log2)));
+    }
+    unusual = base::has_unusual_reference();
+    return true;
+  }
+  /* s holds terms, of which some are larger than kSumLimit. They are still f32: a row's largest becomes 2^kTop, and the others follow.
+   *   returns  false, with nothing changed, where a term has overflowed     callers  all 32 lanes, converged */
+  __forceinline__ __device__ bool follow(float (&sum)[2]) {
+    if (__any_sync(0xffffffffu, !(sum[0] + sum[1] < 0x1p100f))) return false; /* factor must not vanish; so is NaN */
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      move(h, fmaxf(m[h], m[h] + softmax_log2(quad_max(base::lane_max(h))) - kTop));
+      sum[h] *= factor[h];
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n) s[n][2 * h] *= factor[h], s[n][2 * h + 1] *= factor[h];
+    }
+    unusual = base::has_unusual_reference();
+    return true;
+  }
+  /* What pack4 makes of a term that is normal in e4m3. */
+  static __forceinline__ __device__ float rounded(float e) {
+    const uint32_t bits = __float_as_uint(e);
+    return __uint_as_float((bits + 0x7ffffu + (bits >> 20 & 1u)) & 0xfff00000u);
+  }
+  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums.
+   *   kUnusual: a reference may be so large that its last bit weighs: that row's terms are capped, and l counts what O gets: one key gives its V */
+  template <bool kUnusual> __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool large = kUnusual && fabsf(m[h]) > base::kLargeReference && m[h] > FLASHCORE_EMPTY_MAX;
+      float part[2] = {0.f, 0.f};
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(large && y > kTop ? kTop : y); /* NaN stays */
+          s[n][2 * h + x] = e;
+          part[x] += large ? rounded(e) : e;
+        }
+      sum[h] = part[0] + part[1];
+    }
+  }
+  __forceinline__ __device__ void exponentiate_any(float (&sum)[2], float scale_log2) {
+    if (unusual) exponentiate<true>(sum, scale_log2);
+    else exponentiate<false>(sum, scale_log2);
+  }
+  /* s of block j becomes probabilities, with a look at the maxima first; sum as above.   returns  whether a reference moved */
+  __forceinline__ __device__ bool look_and_exponentiate(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int j,
+                                                        bool edge, float (&sum)[2], const qgmma_scales &scales) {
+    if constexpr (Rule::kActive) apply_rule(a, w, j, scales.natural);
+    if (edge) base::mask(a, plan, w, j);
+    const bool moved = look(scales.log2);
+    exponentiate_any(sum, scales.log2);
+    return moved;
+  }
+  /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
+  __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int blocks, bool edge,
+                                              const qgmma_scales &scales) {
+    if constexpr (Rule::kActive) apply_rule(a, w, w.begin + blocks - 1, scales.natural);
+    if (edge) base::mask(a, plan, w, w.begin + blocks - 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      peak[h] = quad_max(base::lane_max(h));
+      m[h] = fmaxf(reference(peak[h], scales.log2), FLASHCORE_EMPTY_MAX);
+    }
+    unusual = base::has_unusual_reference();
+    exponentiate_any(l, scales.log2);
+  }
+  /* p from s: four column tiles are one k step, in the order of keys that the transposer gives V.
+   *   s[4k + n][2h + e], lane (g, t), is key 8n + 2t + e of the step; a[2i + h] holds bytes s[4k + 2i][2h], [2h + 1], s[4k + 2i + 1][2h], [2h + 1] */
+  __forceinline__ __device__ void pack_p() {
+    wgmma_pin(s);
+#pragma unroll
+    for (int k = 0; k < kBlockKv / 32; ++k)
+#pragma unroll
+      for (int x = 0; x < 4; ++x) {
+        const int n = 4 * k + x / 2 * 2, h = x % 2;
+        p8[k][x] = pack4<e4m3>(s[n][2 * h], s[n][2 * h + 1], s[n + 1][2 * h], s[n + 1][2 * h + 1]);
+      }
+  }
+
+  /* ---- the loop ---- */
+
+  /* O is complete but for its older part: to memory. */
+  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, float v_scale) {
+    base::release_v(at);
+    if (has_older)
+#pragma unroll
+      for (int first = 0; first < kTilesO; first += kBatch) add_kept(first);
+    inverse[0] *= v_scale, inverse[1] *= v_scale;
+    if (a.dtype_o == FLASHCORE_F16) store<__half>(a, w);
+    else store<__nv_bfloat16>(a, w);
+  }
+  /* See wgmma_warp::change_tiles. tile: the number of the one to start. */
+  __forceinline__ __device__ void change_tiles(const flashcore_attention &a, const wgmma_schedule &plan, int tile, bool starting,
+                                               const wgmma_walk &last, const wgmma_walk &next, int blocks, int skip, bool edge,
+                                               const qgmma_scales &scales) {
+    const bool ending = tile > 0;
+    ring first = at;
+    if (in_o == Tile::kPromoteBlocks) promote();
+    if (Tile::kOverlapsTiles) {
+      if (starting) first = base::start_tile(a, next.tile, skip);
+      for (int i = starting ? skip : 0; i > 0 && Tile::kTurns; --i) turn(), pass(); /* of blocks that other groups work on */
+      turn();
+      gemm_qk(first);
+      if (Tile::kQHeld && starting) base::release_q();
+    }
+    if (!Tile::kOverlapsTiles) {
+      for (int i = starting ? skip : 0; i > 0 && Tile::kTurns; --i) turn(), pass();
+      turn();
+    }
+    if (ending) base::wait_v(at);
+    gemm_pv();
+    pass();
+    if (ending) base::finish(a, plan, last);
+    if (Tile::kOverlapsTiles) {
+      wgmma_wait<1>();
+      base::take_s();
+      if (starting) first_block(a, plan, next, blocks, edge, scales);
+    }
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2].v);
+    if (!Tile::kOverlapsTiles) {
+      if (starting) first = base::start_tile(a, next.tile, skip);
+      gemm_qk(first);
+      wgmma_wait<0>();
+      base::take_s();
+      if (starting) first_block(a, plan, next, blocks, edge, scales);
+    }
+    if (starting) {
+      base::release_k(first);
+      base::skip_v(skip);
+    }
+    at = first;
+    in_o = 0;
+    has_older = false;
+  }
+
+  /* All tiles of the block.   callers  all warps of the consumer warpgroups */
+  __forceinline__ __device__ void consume(const flashcore_attention &a, const wgmma_schedule &plan) {
+    if (wg == Tile::kGroups - 1) pass();
+    for (int tile = 0;; ++tile) {
+      const wgmma_walk &w = base::block.walks[tile % 2][threadIdx.x / 32 - 4], &before = base::block.walks[(tile + 1) % 2][threadIdx.x / 32 - 4];
+      mbarrier_wait(base::barriers().work_full(tile), tile / 2 & 1);
+      const int blocks = warp_uniform(w.blocks), skip = warp_uniform(w.skip), first_edges = warp_uniform(w.first_edges);
+      const int last_edges = warp_uniform(w.last_edges);
+      const qgmma_scales scales = block8.scales[tile % 2];
+      change_tiles(a, plan, tile, blocks > 0, before, w, blocks, skip, first_edges > 0 || blocks <= last_edges, scales);
+      if (blocks == 0) return;
+      __syncwarp();
+      if (tile > 0 && lane() == 0) mbarrier_arrive(base::barriers().work_free(tile + 1));
+      pack_p();
+
+      wary = kTrustsSums ? kFirstBlocks : 0;
+      for (int left = blocks - 1; left > 0; --left) { /* blocks: the next is begin + left - 1 */
+        const ring next = at.next();
+        if (in_o == Tile::kPromoteBlocks) promote(); /* WHY here: s is not in use, so many loads can be in flight */
+        turn();
+        base::wait_k(next);
+        gemm_qk(next);
+        base::wait_v(at);
+        gemm_pv();
+        pass();
+        wgmma_wait<1>();
+        base::take_s();
+        if (!kTrustsSums) base::release_k(next);
+        float sum[2];
+        bool moved = false;
+        const bool edge = left <= last_edges || blocks - left < first_edges, blind = kTrustsSums && !edge && !unusual && wary == 0;
+        if (blind) exponentiate<false>(sum, scales.log2);
+        else moved = look_and_exponentiate(a, plan, w, w.begin + left - 1, edge, sum, scales);
+        wgmma_wait<0>();
+        wgmma_pin(o);
+        base::release_v(at);
+        if constexpr (kTrustsSums) {
+          if (!blind) wary = max(wary - 1, 0);
+          else if (!__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */ moved = follow(sum);
+            if (!moved) {
+              base::gemm_qk_again(next);
+              wary = base::kWaryBlocks;
+              moved = look_and_exponentiate(a, plan, w, w.begin + left - 1, edge, sum, scales);
+            }
+          }
+          __syncwarp();
+          base::release_k(next);
+        }
+        if (moved) rescale_all();
+        l[0] += sum[0];
+        l[1] += sum[1];
+        pack_p();
+        at = next;
+      }
+      if (!Tile::kQHeld) base::release_q();
+    }
+  }
+
+  /* ---- the end of a tile ---- */
+
+  /* O of live rows and dims. Of the 16 dims of two column tiles, lane t of a quad has 4t .. 4t + 3. Of every four tiles, even lanes keep the first two
+   * and odd lanes the last, and each gives the rest to its neighbour: 8 dims in a row for both. */
+  template <typename Out> __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_walk &w) const {
+    const bool odd = lane() % 2;
+    const int column = lane() % 2 * 16 + lane() % 4 / 2 * 8, rows = w.tile.len_q - w.row - lane() / 4; /* to come, this lane's first included */
+    Out *const out = static_cast<Out *>(a.o.data) + w.o + lane() / 4 * a.o.stride_s + column;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      Out *const dst = out + 8 * h * a.o.stride_s;
+      const int dims = 8 * h < rows ? a.dim_v - column : 0;
+#pragma unroll
+      for (int n = 0; n < kTilesO; n += 4) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = pack2<Out>(o[n + i / 2 * 2][2 * h + i % 2] * inverse[h], o[n + i / 2 * 2 + 1][2 * h + i % 2] * inverse[h]);
+        const uint32_t low = __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[2], 1), high = __shfl_xor_sync(0xffffffffu, odd ? x[1] : x[3], 1);
+        if (n * 8 < dims) __stcs(reinterpret_cast<uint4 *>(dst + n * 8), odd ? make_uint4(low, high, x[2], x[3]) : make_uint4(x[0], x[1], low, high));
+      }
+    }
+  }
+};
+
+#endif /* FLASHCORE_HAS_SM90A */
+
+/* ================================================================================================================================
+ * 11  wgmma: kernel
+ * ================================================================================================================================ */
+
+/* O = v_descale softmax(rule(q_descale k_descale scale Q K^T)) V.
+ *   shapes   maps: of Q, K and V in pairs (make_qgmma_maps)
+ *   callers  a one-dimensional grid of as many blocks as the plan was made for, at most one per SM; Tile::kThreads threads, Tile::kSharedBytes of
+ *            dynamic shared memory */
+template <typename Tile, typename Rule>
+FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
+    qgmma_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan, const __grid_constant__ wgmma_maps maps,
+                 const Rule rule) {
+#if FLASHCORE_HAS_SM90A
+  extern __shared__ __align__(128) unsigned char flashcore_shared[];
+  const uint32_t shared = (shared_address(flashcore_shared) + 1023) & ~1023u;
+  __shared__ qgmma_shared<Tile> block;
+  if (threadIdx.x == 0) qgmma_barriers<Tile>{{shared + Tile::kOffsetBarriers}}.init();
+  __syncthreads();
+  const int warp_index = warp_uniform((int)threadIdx.x / 32);
+  if (warp_index < 4) {
+    setmaxnreg_dec<Tile::kProducerRegisters>();
+    if (warp_index == 0) qgmma_produce<Tile, Rule>(a, plan, maps, block, shared);
+    else qgmma_transpose<Tile>(a, plan, shared, warp_index - 1);
+  } else {
+    setmaxnreg_inc<Tile::kConsumerRegisters>();
+    const no_prologue prologue;
+    const no_epilogue epilogue;
+    qgmma_warp<Tile, Rule> warp(block, shared, rule, prologue, epilogue);
+    warp.consume(a, plan);
+  }
+#else
+  __trap();
+#endif
+}
+
+#if !defined(__CUDACC_RTC__)
+/* The maps of a problem (resolved) for tiles of block_kv keys: of pairs, so that 16-bit boxes fit.   errors  as for make_wgmma_maps */
+static inline CUresult make_qgmma_maps(const flashcore_attention &a, int block_kv, wgmma_maps &maps) {
+  flashcore_attention pairs = a;
+  pairs.dtype = FLASHCORE_F16; /* copied as bits */
+  pairs.dim_qk /= 2;
+  pairs.dim_v /= 2;
+  flashcore_tensor *const tensors[3] = {&pairs.q, &pairs.k, &pairs.v};
+  for (flashcore_tensor *t : tensors) t->stride_b /= 2, t->stride_s /= 2, t->stride_h /= 2;
+  return make_wgmma_maps(pairs, block_kv, 1, maps);
+}
+#endif
+
+} // namespace v0_1_0
+} // namespace flashcore
+#endif /* __CUDACC__ */
+
+/* ================================================================================================================================
+ * 12  Quantisers: validation, launch, CPU reference
+ * ================================================================================================================================ */
+#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+#define FLASHCORE_FP8_TRY(call)                                                                                                                      \
+  do {                                                                                                                                               \
+    const flashcore_status fp8_status = (call);                                                                                                      \
+    if (fp8_status != FLASHCORE_OK) return fp8_status;                                                                                               \
+  } while (0)
+
+/* low <= value <= high and a multiple of `step`, or the status. */
+static inline flashcore_status flashcore_fp8_check_range(const char *field, int64_t value, int64_t low, int64_t high, int64_t step,
+                                                         flashcore_status status, flashcore_error *error) {
+  if (value >= low && value <= high && value % step == 0) return FLASHCORE_OK;
+  return flashcore_refuse(error, status, field, value,
+                          value < low    ? low
+                          : value > high ? high
+                                         : step,
+                          "%s is %lld: must be a multiple of %lld from %lld to %lld", field, (long long)value, (long long)step, (long long)low,
+                          (long long)high);
+}
+
+static inline flashcore_status flashcore_fp8_check_types(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  if (q->dtype < FLASHCORE_F32 || q->dtype > FLASHCORE_E5M2)
+    return flashcore_refuse(error, FLASHCORE_INVALID_DTYPE, "dtype", q->dtype, FLASHCORE_BF16, "dtype is %d: no such type", (int)q->dtype);
+  if (flashcore_is_fp8(q->dtype))
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", q->dtype, FLASHCORE_BF16,
+                            "dtype is %d: must be fp32, fp16 or bf16, the tensor is to become fp8", (int)q->dtype);
+  if (!flashcore_is_fp8(q->dtype_out))
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_out", q->dtype_out, FLASHCORE_E4M3, "dtype_out is %d: must be e4m3 or e5m2",
+                            (int)q->dtype_out);
+  return FLASHCORE_OK;
+}
+
+static inline flashcore_status flashcore_fp8_check_scales(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  if (q->granularity < FLASHCORE_FP8_PER_HEAD || q->granularity > FLASHCORE_FP8_GIVEN)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "granularity", q->granularity, FLASHCORE_FP8_GIVEN, "granularity is %d: must be 0 to %d",
+                            (int)q->granularity, (int)FLASHCORE_FP8_GIVEN);
+  if (q->granularity == FLASHCORE_FP8_PER_BLOCK && (q->block_rows < 1 || q->rows % q->block_rows != 0))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "block_rows", q->block_rows, q->rows, "block_rows is %d: must divide %d rows",
+                            (int)q->block_rows, (int)q->rows);
+  if (q->granularity == FLASHCORE_FP8_GIVEN && !(q->scale > 0.f && q->scale <= FLT_MAX))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "scale", q->scale < 0.f ? -1 : 0, 0, "scale is %g: must be finite and above 0",
+                            (double)q->scale);
+  if (q->rotation != 0 && (q->rotation < 16 || (q->rotation & (q->rotation - 1)) != 0 || q->dim % q->rotation != 0))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "rotation", q->rotation, q->dim,
+                            "rotation is %d: must be 0 or a power of two from 16 on that divides dim = %d", (int)q->rotation, (int)q->dim);
+  return FLASHCORE_OK;
+}
+
+static inline flashcore_status flashcore_fp8_check_tensor(const flashcore_fp8_quantise_args *q, int is_output, flashcore_error *error) {
+  const flashcore_tensor *t = is_output ? &q->out : &q->x;
+  const char *field = is_output ? "out" : "x";
+  const int64_t bytes = flashcore_dtype_bytes(is_output ? q->dtype_out : q->dtype), reach = ((int64_t)1 << 60) / bytes;
+  const int64_t strides[3] = {t->stride_b, t->stride_s, t->stride_h}, extents[3] = {q->batch, q->rows, q->heads};
+  if (!t->data) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, field, 0, 0, "%s is null: it is needed here", field);
+  if ((uintptr_t)t->data % 16 != 0)
+    return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, (int64_t)(uintptr_t)t->data, 16, "%s is %p: must be a multiple of 16 bytes", field,
+                            t->data);
+  for (int i = 0; i < 3; ++i) {
+    if (extents[i] <= 1) continue;
+    const int64_t limit = reach / (extents[i] - 1);
+    if (strides[i] * bytes % 16 != 0 || (is_output && strides[i] == 0))
+      return flashcore_refuse(error, FLASHCORE_INVALID_STRIDE, field, strides[i], 16 / bytes, "%s: a stride is %lld, must be a multiple of %d%s",
+                              field, (long long)strides[i], (int)(16 / bytes), is_output ? " other than 0" : "");
+    if (strides[i] > limit || strides[i] < -limit)
+      return flashcore_refuse(error, FLASHCORE_OFFSET_OVERFLOW, field, strides[i], limit, "%s: a stride is %lld, must be at most %lld", field,
+                              (long long)strides[i], (long long)limit);
+  }
+  return FLASHCORE_OK;
+}
+
+static inline flashcore_status flashcore_fp8_check_floats(const char *field, const float *p, int required, flashcore_error *error) {
+  if (!p && required) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, field, 0, 0, "%s is null: it is needed here", field);
+  if ((uintptr_t)p % 4 != 0)
+    return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, (int64_t)(uintptr_t)p, 4, "%s is %p: must be a multiple of 4 bytes", field,
+                            (const void *)p);
+  return FLASHCORE_OK;
+}
+
+static inline flashcore_status flashcore_fp8_validate(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  if (!q) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, "quantise_args", 0, 0, "quantise_args is null: a descriptor is needed");
+  if (q->struct_size != sizeof *q)
+    return flashcore_refuse(error, FLASHCORE_INVALID_STRUCT_SIZE, "struct_size", (int64_t)q->struct_size, (int64_t)sizeof *q,
+                            "struct_size is %lld: must be %lld (call flashcore_fp8_quantise_init)", (long long)q->struct_size, (long long)sizeof *q);
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_types(q, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("batch", q->batch, 1, INT32_MAX, 1, FLASHCORE_INVALID_SIZE, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("rows", q->rows, 1, FLASHCORE_MAX_SEQ, 1, FLASHCORE_INVALID_SIZE, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("heads", q->heads, 1, INT32_MAX, 1, FLASHCORE_INVALID_SIZE, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("dim", q->dim, 16, FLASHCORE_MAX_DIM, 16, FLASHCORE_UNSUPPORTED_DIM, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_scales(q, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_tensor(q, 0, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_tensor(q, 1, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_floats("descale", q->descale, q->granularity != FLASHCORE_FP8_GIVEN, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_floats("mean", q->mean, 0, error));
+  if (q->x.data == q->out.data)
+    return flashcore_refuse(error, FLASHCORE_ALIASED_OUTPUT, "out", (int64_t)(uintptr_t)q->out.data, 0, "out is also the input's address");
+  const int64_t heads = (int64_t)q->batch * q->heads, per_head = q->rows < 16 ? 16 : q->rows; /* at least the blocks of any kernel */
+  return flashcore_fp8_check_range("batch", heads, 1, INT32_MAX / per_head, 1, FLASHCORE_INVALID_SIZE, error);
+}
+#endif
+
+#if !defined(__CUDACC_RTC__) && defined(__CUDACC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+static inline flashcore_status flashcore_fp8_launch(const void *kernel, int64_t blocks, int threads, const flashcore_fp8_quantise_args *q,
+                                                    flashcore_stream stream, flashcore_error *error) {
+  flashcore_fp8_quantise_args args = *q;
+  void *kernel_args[1] = {&args};
+  const cudaError_t code = cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3((unsigned)threads), kernel_args, 0, stream);
+  return code == cudaSuccess ? FLASHCORE_OK : flashcore_cuda_refuse(error, "cudaLaunchKernel", code);
+}
+
+template <typename T>
+static flashcore_status flashcore_fp8_quantise_of(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
+  using tile = flashcore::quantise_tile;
+  const int64_t heads = (int64_t)q->batch * q->heads, per_block = flashcore::quantise_rows_per_block(*q);
+  const bool two_passes = q->granularity == FLASHCORE_FP8_PER_TENSOR || q->granularity == FLASHCORE_FP8_PER_HEAD;
+  if (q->mean)
+    FLASHCORE_FP8_TRY(flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_mean_kernel<T>),
+                                           heads * ((q->dim + tile::kMeanDims - 1) / tile::kMeanDims), tile::kMeanThreads, q, stream, error));
+  if (two_passes) {
+    const size_t bytes = sizeof(float) * (q->granularity == FLASHCORE_FP8_PER_HEAD ? (size_t)heads : 1);
+    const cudaError_t code = cudaMemsetAsync(q->descale, 0, bytes, stream);
+    if (code != cudaSuccess) return flashcore_cuda_refuse(error, "cudaMemsetAsync", code);
+    FLASHCORE_FP8_TRY(flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_amax_kernel<T>),
+                                           heads * ((q->rows + per_block - 1) / per_block), tile::kThreads, q, stream, error));
+  }
+  return flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_kernel<T>), heads * ((q->rows + per_block - 1) / per_block),
+                              tile::kThreads, q, stream, error);
+}
+
+FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
+  int device = 0, major = 0, minor = 0;
+  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
+  cudaError_t code = cudaGetDevice(&device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (code != cudaSuccess)
+    return flashcore_refuse(error, FLASHCORE_INVALID_DEVICE, "device", device, 0, "there is no CUDA device: %s", cudaGetErrorString(code));
+  if (!flashcore_arch_compiled(10 * major + minor, 75))
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", 10 * major + minor, 75, "sm_%d: the quantiser was not compiled for it",
+                            10 * major + minor);
+#if !defined(FLASHCORE_NO_F32)
+  if (q->dtype == FLASHCORE_F32) return flashcore_fp8_quantise_of<float>(q, stream, error);
+#endif
+#if !defined(FLASHCORE_NO_F16)
+  if (q->dtype == FLASHCORE_F16) return flashcore_fp8_quantise_of<__half>(q, stream, error);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (q->dtype == FLASHCORE_BF16) return flashcore_fp8_quantise_of<__nv_bfloat16>(q, stream, error);
+#endif
+  return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", q->dtype, 0, "dtype: the quantiser was compiled without type %d",
+                          (int)q->dtype);
+}
+#endif
+
+#if defined(FLASHCORE_IMPLEMENTATION) && !defined(__CUDACC_RTC__)
+#if !defined(__CUDACC__)
+FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
+  (void)stream;
+  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
+  return flashcore_no_cuda(error);
+}
+#endif
+
+/* The mean of dim d over the rows of a head, added up as the kernel does it. */
+static float flashcore_fp8_mean_at(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t d) {
+  const int32_t rows = flashcore_fp8_rows(q, b);
+  float sum = 0.f;
+  for (int32_t lane = 0; lane < FLASHCORE_FP8_MEAN_LANES; ++lane) {
+    float part = 0.f;
+    for (int32_t row = lane; row < rows; row += FLASHCORE_FP8_MEAN_LANES)
+      part += (float)flashcore_load(q->x.data, q->dtype, b * q->x.stride_b + row * q->x.stride_s + h * q->x.stride_h + d);
+    sum = lane == 0 ? part : sum + part;
+  }
+  return rows > 0 ? sum / (float)rows : 0.f;
+}
+/* A row as it will be rounded. */
+static void flashcore_fp8_row(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t row, float *x) {
+  const int64_t at = b * q->x.stride_b + row * q->x.stride_s + h * q->x.stride_h;
+  for (int32_t d = 0; d < q->dim; ++d) {
+    x[d] = (float)flashcore_load(q->x.data, q->dtype, at + d);
+    if (q->mean) x[d] -= q->mean[((int64_t)b * q->heads + h) * q->dim + d];
+  }
+  for (int32_t step = 1; step < q->rotation; step *= 2)
+    for (int32_t d = 0; d < q->dim; ++d)
+      if (!(d & step)) {
+        const float low = x[d], high = x[d + step];
+        x[d] = low + high;
+        x[d + step] = low - high;
+      }
+  const float unit = q->rotation ? (float)(1.0 / sqrt((double)q->rotation)) : 1.f;
+  for (int32_t d = 0; d < q->dim && q->rotation; ++d) x[d] *= unit;
+}
+static float flashcore_fp8_scale_of_rows(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t first, int32_t last) {
+  float amax = 0.f, x[FLASHCORE_MAX_DIM];
+  for (int32_t row = first; row < last; ++row) {
+    flashcore_fp8_row(q, b, h, row, x);
+    for (int32_t d = 0; d < q->dim; ++d)
+      if (fabsf(x[d]) <= FLT_MAX && fabsf(x[d]) > amax) amax = fabsf(x[d]);
+  }
+  return flashcore_fp8_descale(amax, q->dtype_out);
+}
+/* The rows first .. last - 1 of a head, with one scale. */
+static void flashcore_fp8_store_rows(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t first, int32_t last, float descale) {
+  const float factor = 1.f / descale;
+  float x[FLASHCORE_MAX_DIM];
+  for (int32_t row = first; row < last; ++row) {
+    flashcore_fp8_row(q, b, h, row, x);
+    for (int32_t d = 0; d < q->dim; ++d) {
+      const float scaled = x[d] * factor;
+      flashcore_store(q->out.data, q->dtype_out, b * q->out.stride_b + row * q->out.stride_s + h * q->out.stride_h + d, (double)scaled);
+    }
+  }
+}
+
+/* All scales first, each at the index where the kernels put it, then all rows. */
+FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
+  const int32_t blocks = flashcore_fp8_blocks(q), block_rows = q->granularity == FLASHCORE_FP8_PER_BLOCK ? q->block_rows : q->rows;
+  const int one = q->granularity == FLASHCORE_FP8_PER_TENSOR || q->granularity == FLASHCORE_FP8_GIVEN;
+  const int64_t heads = (int64_t)q->batch * q->heads;
+  float most = 0.f;
+  for (int64_t unit = 0; q->mean && unit < heads; ++unit)
+    for (int32_t d = 0; d < q->dim; ++d)
+      q->mean[unit * q->dim + d] = flashcore_fp8_mean_at(q, (int32_t)(unit / q->heads), (int32_t)(unit % q->heads), d);
+  for (int pass = 0; pass < 2; ++pass)
+    for (int64_t n = 0; n < heads * blocks; ++n) {
+      const int32_t b = (int32_t)(n / blocks / q->heads), h = (int32_t)(n / blocks % q->heads), rows = flashcore_fp8_rows(q, b);
+      const int32_t first = (int32_t)(n % blocks) * block_rows, last = first + block_rows < rows ? first + block_rows : rows;
+      if (pass == 1) flashcore_fp8_store_rows(q, b, h, first, last, q->granularity == FLASHCORE_FP8_GIVEN ? q->scale : q->descale[one ? 0 : n]);
+      else if (q->granularity != FLASHCORE_FP8_GIVEN) {
+        const float descale = flashcore_fp8_scale_of_rows(q, b, h, first, last);
+        most = descale > most ? descale : most;
+        q->descale[one ? 0 : n] = one ? most : descale;
+      } else if (q->descale) q->descale[0] = q->scale;
+    }
+  return FLASHCORE_OK;
+}
+#endif
+
+/* ================================================================================================================================
+ * 13  Attention: plan and launch
+ * ================================================================================================================================ */
+#if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+/* What both fp8 kernels ask for: types, keys that are neither paged nor split, dims, addresses and strides of whole 16 bytes. */
+static flashcore_status flashcore_fp8_check_attention(const flashcore_attention *a, const flashcore_device *device, const char *kernel, int min_arch,
+                                                      flashcore_error *error) {
+  if (!flashcore_is_fp8(a->dtype))
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, FLASHCORE_E4M3, "dtype: the %s kernel serves fp8, not %d", kernel,
+                            (int)a->dtype);
+  if (a->dtype_kv != a->dtype)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
+                            "dtype_kv: the %s kernel needs one type for Q, K and V (%d), not %d", kernel, (int)a->dtype, (int)a->dtype_kv);
+  if (a->dtype_o != FLASHCORE_F16 && a->dtype_o != FLASHCORE_BF16)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, FLASHCORE_BF16,
+                            "dtype_o: the %s kernel writes fp16 and bf16, not %d", kernel, (int)a->dtype_o);
+  flashcore_attention other = *a; /* the rest is asked of 16-bit types too */
+  other.dtype = other.dtype_kv = other.dtype_o = FLASHCORE_F16;
+  FLASHCORE_FP8_TRY(flashcore_check_tensor_core(&other, device, kernel, min_arch, error));
+  const int32_t dims[2] = {a->dim_qk, a->dim_v};
+  for (int i = 0; i < 2; ++i)
+    if (dims[i] % 16 || dims[i] > 256)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, i ? "dim_v" : "dim_qk", dims[i], dims[i] % 16 ? 16 : 256,
+                              "%s: the %s kernel serves multiples of 16 up to 256, not %d", i ? "dim_v" : "dim_qk", kernel, (int)dims[i]);
+  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
+  const char *names[4] = {"q", "k", "v", "o"};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(tensors[i]->data), step = i == 3 ? 8 : 16;
+    const int64_t strides[3] = {tensors[i]->stride_b, tensors[i]->stride_s, tensors[i]->stride_h};
+    if (address % 16)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], address, 16, "%s: the %s kernel needs a 16-byte aligned address",
+                              names[i], kernel);
+    for (const int64_t stride : strides)
+      if (stride % step)
+        return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], stride, step,
+                                "%s: the %s kernel needs strides that are multiples of %d elements, not %lld", names[i], kernel, (int)step,
+                                (long long)stride);
+  }
+  return FLASHCORE_OK;
+}
+
+/* Besides, inputs that TMA can read: strides not negative and less than 2^40 bytes, and a key. */
+static flashcore_status flashcore_qgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qgmma", 90, error));
+  if (device->arch != 90)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
+                            "the qgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
+  if (a->seq_kv == 0) return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1, "seq_kv: the qgmma kernel needs a key");
+  const flashcore::wgmma_views views = flashcore::wgmma_views_of(*a, 1);
+  const flashcore::wgmma_view *inputs[3] = {&views.q, &views.k, &views.v};
+  const int64_t limit = ((int64_t)1 << 40) - 16;
+  for (const flashcore::wgmma_view *x : inputs) {
+    const int64_t strides[3] = {x->tensor.stride_b, x->tensor.stride_s, x->tensor.stride_h};
+    for (const int64_t stride : strides)
+      if (stride < 0 || stride > limit)
+        return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, x->field, stride, limit,
+                                "%s: the qgmma kernel needs strides of 0 to 2^40 - 16 elements, not %lld", x->field, (long long)stride);
+  }
+  return FLASHCORE_OK;
+}
+
+#if defined(FLASHCORE_FP8_FAST)
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1204
+#error "FLASHCORE_FP8_FAST needs CUDA 12.4: it recomputes scores with fp8 mma.sync"
+#endif
+#define FLASHCORE_FP8_MODE flashcore::kFast
+#else
+#define FLASHCORE_FP8_MODE flashcore::kAccurate
+#endif
+
+/* The instance a problem gets. */
+template <typename T, int kHeadDim, flashcore::qgmma_shape kShape> static void flashcore_qgmma_use(flashcore_plan *plan) {
+  constexpr bool kBothModes = kShape == flashcore::kExactFp8 || kShape == flashcore::kGeneralFp8;
+  using tile = flashcore::qgmma_tile_for<T, kBothModes ? flashcore::kAccurate : FLASHCORE_FP8_MODE, kHeadDim, kShape>;
+  if constexpr (kShape == flashcore::kGeneralFp8)
+    plan->kernel = reinterpret_cast<const void *>(&flashcore::qgmma_kernel<tile, flashcore::descriptor_rule>);
+  else plan->kernel = reinterpret_cast<const void *>(&flashcore::qgmma_kernel<tile, flashcore::no_rule>);
+  plan->d.block_q = tile::kBlockQ;
+  plan->d.block_kv = tile::kBlockKv;
+  plan->d.stages = tile::kStages;
+  plan->d.head_dim_qk = plan->d.head_dim_v = kHeadDim;
+  plan->d.threads = tile::kThreads;
+  plan->d.shared_bytes = tile::kSharedBytes;
+}
+/* The tile for a head dim among those in the table, as measured on the H200. */
+template <typename T, int kHeadDim> static void flashcore_qgmma_pick(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+  using namespace flashcore;
+  if (general) return flashcore_qgmma_use<T, kHeadDim, kGeneralFp8>(plan);
+  if (a->lse) return flashcore_qgmma_use<T, kHeadDim, kExactFp8>(plan);
+  if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kLongFp8>>::value)
+    if (a->seq_kv >= (FLASHCORE_FP8_MODE == kFast ? 2048 : 8192)) return flashcore_qgmma_use<T, kHeadDim, kLongFp8>(plan);
+  if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kShortFp8>>::value)
+    if (a->seq_kv < 768) return flashcore_qgmma_use<T, kHeadDim, kShortFp8>(plan);
+  flashcore_qgmma_use<T, kHeadDim, kWideFp8>(plan);
+}
+/* The smallest instance that holds both dims, at most 256. */
+template <typename T> static void flashcore_qgmma_select(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
+  if (dim <= 64) flashcore_qgmma_pick<T, 64>(a, general, plan);
+  else if (dim <= 128) flashcore_qgmma_pick<T, 128>(a, general, plan);
+  else flashcore_qgmma_pick<T, 256>(a, general, plan);
+}
+
+static flashcore_status flashcore_qgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                             flashcore_error *error) {
+  FLASHCORE_FP8_TRY(flashcore_qgmma_check(a, device, error));
+  const bool general = flashcore_has_rule(a);
+#if !defined(FLASHCORE_NO_E4M3)
+  if (a->dtype == FLASHCORE_E4M3) flashcore_qgmma_select<flashcore::e4m3>(a, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_E5M2)
+  if (a->dtype == FLASHCORE_E5M2) flashcore_qgmma_select<flashcore::e5m2>(a, general, plan);
+#endif
+  if (!plan->kernel)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the qgmma kernel was compiled without type %d",
+                            (int)a->dtype);
+  if (flashcore::wgmma_lacks_body(plan->kernel, device->ordinal))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 90,
+                            "the qgmma kernel was compiled for sm_90: it needs sm_90a (-gencode arch=compute_90a,code=sm_90a)");
+  flashcore_description *d = &plan->d;
+  const int64_t heads = (int64_t)a->heads_q * a->batch, tiles = (a->seq_q + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
+  if (heads > most)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", heads, most, "batch * heads_q is %lld: the qgmma kernel takes %lld of %lld tiles",
+                            (long long)heads, (long long)most, (long long)tiles);
+  d->backend = FLASHCORE_BACKEND_QGMMA;
+  d->splits = d->packed_group = 1;
+  d->grid = tiles * heads < device->sm_count ? tiles * heads : device->sm_count;
+  snprintf(d->kernel, sizeof d->kernel, "qgmma %s d%d q%d kv%d %s%s", a->dtype == FLASHCORE_E4M3 ? "e4m3" : "e5m2", (int)d->head_dim_qk,
+           (int)d->block_q, (int)d->block_kv, FLASHCORE_FP8_MODE == flashcore::kFast && !general && !a->lse ? "fast" : "accurate",
+           general  ? " general"
+           : a->lse ? " exact"
+                    : "");
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_qgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                               flashcore_error *error) {
+  flashcore_attention args = *a;
+  flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, 1, flashcore_has_rule(a), plan->d.grid);
+  flashcore::wgmma_maps maps;
+  const CUresult code = flashcore::make_qgmma_maps(*a, plan->d.block_kv, maps);
+  if (code != CUDA_SUCCESS)
+    return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", code, CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", (int)code);
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  void *kernel_args[4] = {&args, &schedule, &maps, &rule};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+static flashcore_backend_ops flashcore_qgmma_ops = {FLASHCORE_BACKEND_QGMMA, flashcore_qgmma_plan, flashcore_qgmma_launch, nullptr};
+static struct flashcore_qgmma_registration {
+  __forceinline__ flashcore_qgmma_registration() { flashcore_register_backend(&flashcore_qgmma_ops); }
+} flashcore_qgmma_registered;
+
+/* ---- mma.sync ---- */
+
+/* Besides, rows less than 2 GiB apart. */
+static flashcore_status flashcore_qmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  if (!FLASHCORE_QMMA_COMPILER)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "backend", __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__, 1204,
+                            "backend: the qmma kernel needs CUDA 12.4, this was compiled with %d.%d", __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__);
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qmma", 89, error));
+  const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
+  const char *names[4] = {"q", "k", "v", "o"};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t limit = INT32_MAX / (i == 3 ? 2 : 1), stride = tensors[i]->stride_s;
+    if (stride > limit || stride < -limit)
+      return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], stride, limit,
+                              "%s: the qmma kernel needs rows less than 2 GiB apart, not %lld elements", names[i], (long long)stride);
+  }
+  return FLASHCORE_OK;
+}
+
+/* The instance a problem gets. */
+template <typename Tile, bool kGeneral> static void flashcore_qmma_use(flashcore_plan *plan) {
+  if constexpr (kGeneral) plan->kernel = reinterpret_cast<const void *>(&flashcore::qmma_kernel<Tile, flashcore::descriptor_rule>);
+  else plan->kernel = reinterpret_cast<const void *>(&flashcore::qmma_kernel<Tile, flashcore::no_rule>);
+  plan->d.block_q = Tile::kBlockQ;
+  plan->d.block_kv = Tile::kBlockKv;
+  plan->d.stages = Tile::kStages;
+  plan->d.head_dim_qk = plan->d.head_dim_v = Tile::kHeadDimV;
+  plan->d.threads = Tile::kThreads;
+  plan->d.shared_bytes = Tile::kSharedBytes;
+}
+template <typename T, int kHeadDim>
+static void flashcore_qmma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  using wide = flashcore::qmma_tile_for<T, kHeadDim, flashcore::kWide>;
+  using narrow = flashcore::qmma_tile_for<T, kHeadDim, flashcore::kNarrow>;
+  if (general) return flashcore_qmma_use<narrow, true>(plan);
+  const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch, enough = (int64_t)device->sm_count * wide::kBlocksPerSm * wide::kBlockQ;
+  if (rows < enough) flashcore_qmma_use<narrow, false>(plan);
+  else flashcore_qmma_use<wide, false>(plan);
+}
+/* The smallest instance that holds both dims, at most 256. */
+template <typename T>
+static void flashcore_qmma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
+  if (dim <= 64) flashcore_qmma_pick<T, 64>(a, device, general, plan);
+  else if (dim <= 128) flashcore_qmma_pick<T, 128>(a, device, general, plan);
+  else flashcore_qmma_pick<T, 256>(a, device, general, plan);
+}
+
+enum { FLASHCORE_QMMA_ORDER, FLASHCORE_QMMA_GENERAL }; /* plan->param */
+
+/* Rows, packing and order of the grid. */
+static flashcore_status flashcore_qmma_schedule(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                                flashcore_error *error) {
+  flashcore_description *d = &plan->d;
+  const int32_t group = a->heads_q / a->heads_kv;
+  const int64_t block_q = d->block_q, tiles = (a->seq_q + block_q - 1) / block_q, packed_tiles = ((int64_t)a->seq_q * group + block_q - 1) / block_q;
+  const bool pack = packed_tiles < tiles * group && (int64_t)a->seq_q * group <= FLASHCORE_MAX_SEQ;
+  d->packed_group = pack ? group : 1;
+  d->grid = (pack ? packed_tiles : tiles) * (a->heads_q / d->packed_group);
+  if (d->grid > INT32_MAX / a->batch)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
+                            "batch: %d entries of %lld blocks pass the qmma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
+  d->grid *= a->batch;
+  plan->param[FLASHCORE_QMMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
+                                      : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
+                                                                        : flashcore::kLongestFirst;
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_qmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                            flashcore_error *error) {
+  const flashcore_status status = flashcore_qmma_check(a, device, error);
+  if (status != FLASHCORE_OK) return status;
+  const bool general = flashcore_has_rule(a);
+#if !defined(FLASHCORE_NO_E4M3)
+  if (a->dtype == FLASHCORE_E4M3) flashcore_qmma_select<flashcore::e4m3>(a, device, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_E5M2)
+  if (a->dtype == FLASHCORE_E5M2) flashcore_qmma_select<flashcore::e5m2>(a, device, general, plan);
+#endif
+  if (!plan->kernel)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the qmma kernel was compiled without type %d",
+                            (int)a->dtype);
+  plan->d.backend = FLASHCORE_BACKEND_QMMA;
+  plan->d.splits = 1;
+  plan->param[FLASHCORE_QMMA_GENERAL] = general;
+  snprintf(plan->d.kernel, sizeof plan->d.kernel, "qmma %s d%d q%d kv%d%s", a->dtype == FLASHCORE_E4M3 ? "e4m3" : "e5m2", (int)plan->d.head_dim_v,
+           (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
+  return flashcore_qmma_schedule(a, device, plan, error);
+}
+
+static flashcore_status flashcore_qmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                              flashcore_error *error) {
+  flashcore_attention args = *a;
+  int64_t grid;
+  flashcore::mma_schedule schedule = flashcore::make_mma_schedule(*a, plan->d.block_q, plan->param[FLASHCORE_QMMA_GENERAL] != 0, plan->d.packed_group,
+                                                                  plan->param[FLASHCORE_QMMA_ORDER], 16, grid);
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  void *kernel_args[3] = {&args, &schedule, &rule};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+static flashcore_backend_ops flashcore_qmma_ops = {FLASHCORE_BACKEND_QMMA, flashcore_qmma_plan, flashcore_qmma_launch, nullptr};
+static struct flashcore_qmma_registration {
+  __forceinline__ flashcore_qmma_registration() { flashcore_register_backend(&flashcore_qmma_ops); }
+} flashcore_qmma_registered;
+
+#endif
+
+/* MIT licence: see LICENSE. Copyright (c) 2026 FlashCore authors. */
+#endif /* FLASHCORE_FP8_CUH */

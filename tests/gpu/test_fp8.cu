@@ -1,0 +1,400 @@
+/* fp8: attention on its tensor cores against the fp64 oracle on the values as stored, in poisoned memory (harness.cuh), and the quantiser kernels
+ * against their reference, bit for bit. FLASHCORE_FP8_FAST: the fast mode (test_fp8_fast.cu).
+ *
+ *   test_fp8 [--quick] [--only TEXT]      --only: tests whose name holds TEXT */
+#define FLASHCORE_STATIC /* a library of its own, with the reference of the quantisers */
+#define FLASHCORE_IMPLEMENTATION
+#include "flashcore_fp8.cuh"
+
+#include "harness.cuh"
+
+static bool quick = false;
+static std::string only;
+
+static const int kBackends[] = {FLASHCORE_BACKEND_QGMMA, FLASHCORE_BACKEND_QMMA};
+static const int kTypes[] = {FLASHCORE_E4M3, FLASHCORE_E5M2};
+static const int kDims[] = {64, 128, 256};
+
+static bool wanted(const std::string &name) { return only.empty() || name.find(only) != std::string::npos; }
+static std::string name_of(int backend) { return flashcore_backend_string((flashcore_backend)backend); }
+
+/* Is it compiled in, and for this GPU? */
+static bool present(int backend) {
+  Case c;
+  c.dtype = FLASHCORE_E4M3, c.backend = backend;
+  return must_serve(c, backend);
+}
+
+/* From now on without the LSE: other kernels serve those who do not want it. */
+static void drop_lse(Problem &p) { p.c.lse = 0, p.a.lse = nullptr; }
+
+/* Every case on every backend that there is, with the LSE and without, sharing the tensors and the oracle. */
+static void check(const std::string &name, const std::vector<Case> &cases) {
+  if (!wanted(name)) return;
+  for (int backend : kBackends) {
+    int served = 0, refused = 0, failed = 0;
+    std::string why;
+    for (const Case &c : present(backend) ? cases : std::vector<Case>()) {
+      Problem problem(c);
+      for (int turn = 0; turn < (c.lse ? 2 : 1); ++turn) {
+        if (turn == 1) drop_lse(problem);
+        const Outcome outcome = problem.run(backend);
+        served += outcome.what == Outcome::PASSED;
+        refused += outcome.what == Outcome::REFUSED;
+        if (outcome.what == Outcome::FAILED && failed++ < 4) why += "\n     " + outcome.why + "\n     " + problem.reproduce_on(backend);
+      }
+    }
+    const std::string full = name_of(backend) + "." + name;
+    if (failed) report().fail(full, format("%d of %d cases:", failed, served + refused + failed) + why);
+    else if (served) report().ok(full, format("%d cases", served) + (refused ? format(", %d refused", refused) : ""));
+    else printf("skip %s: all %d cases refused\n", full.c_str(), refused);
+  }
+}
+
+static Case sized(int dtype, int batch, int heads_q, int heads_kv, int seq_q, int seq_kv, int dim) {
+  Case c;
+  c.dtype = dtype, c.batch = batch, c.heads_q = heads_q, c.heads_kv = heads_kv;
+  c.seq_q = seq_q, c.seq_kv = seq_kv, c.dim_qk = c.dim_v = dim;
+  c.seed = 1 + batch + 3 * heads_q + 7 * seq_q + 11 * seq_kv + 13 * dim;
+  return c;
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------------------------- */
+
+static void test_shapes() {
+  std::vector<Case> plain, edges, primes, dims, unequal;
+  for (int dtype : kTypes)
+    for (int dim : kDims)
+      for (int seq : {64, 128, 512}) plain.push_back(sized(dtype, 1, 2, 2, seq, seq, dim));
+  check("plain", plain);
+  int turn = 0;
+  for (int q : {1, 63, 64, 65, 127, 128, 129, 191, 192, 193})
+    for (int kv : {1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257}) {
+      Case c = sized(kTypes[turn / 2 % 2], 1, 2, 1, q, kv, kDims[turn / 3 % 3]);
+      c.causal = turn++ % 3;
+      edges.push_back(c);
+    }
+  check("lengths_around_tile_edges", edges);
+  const int pairs[][2] = {{7, 13}, {31, 97}, {101, 211}, {257, 263}, {509, 521}, {1021, 1031}, {200, 67}};
+  for (const auto &p : pairs)
+    for (int causal = 0; causal < 3; ++causal)
+      for (int dim : kDims) {
+        Case c = sized(kTypes[(dim / 64 + causal) % 2], 2, 3, 3, p[0], p[1], dim);
+        c.causal = causal, c.dtype_o = causal ? FLASHCORE_F16 : 0, c.sink = causal % 2;
+        primes.push_back(c);
+      }
+  check("prime_lengths", primes);
+  for (int dim : {16, 32, 48, 80, 96, 112, 144, 160, 192, 208, 240, 272})
+    for (int dtype : kTypes) {
+      Case c = sized(dtype, 1, 2, 2, 77, 149, dim);
+      c.causal = dim / 16 % 2;
+      dims.push_back(c);
+    }
+  check("every_head_dim", dims);
+  const int unlike[][2] = {{192, 128}, {64, 128}, {128, 64}, {32, 64}, {48, 256}, {256, 16}};
+  for (const auto &p : unlike) {
+    Case c = sized(FLASHCORE_E4M3, 1, 4, 2, 70, 131, p[0]);
+    c.dim_v = p[1], c.causal = 1;
+    unequal.push_back(c);
+  }
+  check("unequal_head_dims", unequal);
+}
+
+/* Long enough for O to be added up in f32 several times, on many tiles per block. */
+static void test_many() {
+  std::vector<Case> keys, heads;
+  for (int dtype : kTypes)
+    for (int dim : kDims)
+      for (int data : {(int)DATA_NORMAL, (int)DATA_STD16, (int)DATA_RAMP}) {
+        Case c = sized(dtype, 1, 2, 1, 333, 5003, dim);
+        c.data = data, c.causal = data == DATA_STD16, c.descale = data == DATA_RAMP ? 2 : 0;
+        keys.push_back(c);
+        c.seq_kv = 8209;
+        keys.push_back(c);
+      }
+  check("many_keys", keys);
+  std::vector<Case> edges; // of the tiles for many keys
+  int turn = 0;
+  for (int dim : {128, 256})
+    for (int q : {1, 65, 193})
+      for (int kv : {1055, 1056, 1057, 2113, 4097, 8191, 8193, 8257, 8353, 8449}) {
+        Case c = sized(kTypes[turn % 2], 1, 2, 1, q, kv, dim);
+        c.causal = turn++ % 3, c.lengths = turn % 4 == 0 ? SEQLENS_KV : 0;
+        edges.push_back(c);
+      }
+  check("many_keys_around_tile_edges", edges);
+  for (int n : {31, 33, 65})
+    for (int dim : kDims) {
+      Case c = sized(kTypes[n % 2], 2, n, 1, 700, 700, dim);
+      heads.push_back(c);
+      c.causal = 1, c.descale = 2;
+      heads.push_back(c);
+    }
+  for (int lengths : {(int)(SEQLENS_Q | SEQLENS_KV), (int)(CU_SEQLENS_Q | CU_SEQLENS_KV)})
+    for (int dim : kDims) {
+      Case c = sized(FLASHCORE_E4M3, 40, 4, 4, 600, 300, dim);
+      c.lengths = lengths, c.causal = dim / 64 % 3, c.descale = 2;
+      heads.push_back(c);
+    }
+  check("many_heads", heads);
+}
+
+struct Option {
+  const char *name;
+  void (*set)(Case &);
+};
+static const Option kOptions[] = {
+    {"causal_bottom_right", [](Case &c) { c.causal = 1; }},
+    {"causal_top_left", [](Case &c) { c.causal = 2; }},
+    {"window_both_sides", [](Case &c) { c.window = 1, c.left = 20, c.right = 9; }},
+    {"window_left", [](Case &c) { c.window = 1, c.left = 40; }},
+    {"window_zero", [](Case &c) { c.window = 1, c.left = c.right = 0; }},
+    {"softcap", [](Case &c) { c.softcap = 5.f; }},
+    {"alibi", [](Case &c) { c.alibi = 2; }},
+    {"bias", [](Case &c) { c.bias = BIAS_DENSE, c.bias_dtype = FLASHCORE_F16; }},
+    {"bias_minus_inf_hides", [](Case &c) { c.bias = BIAS_HIDING, c.bias_dtype = FLASHCORE_F32; }},
+    {"mask_bits", [](Case &c) { c.mask = MASK_DENSE; }},
+    {"sink", [](Case &c) { c.sink = 1; }},
+    {"scale", [](Case &c) { c.scale = 0.37f; }},
+    {"lse_base2", [](Case &c) { c.lse = 2; }},
+    {"no_lse", [](Case &c) { c.lse = 0; }},
+    {"group", [](Case &c) { c.heads_q = 6; }},
+    {"seqlens", [](Case &c) { c.lengths |= SEQLENS_Q | SEQLENS_KV; }},
+    {"cu_seqlens", [](Case &c) { c.lengths |= CU_SEQLENS_Q | CU_SEQLENS_KV; }},
+    {"descale", [](Case &c) { c.descale = 1; }},
+    {"descale_per_head", [](Case &c) { c.descale = 2; }},
+    {"output_f16", [](Case &c) { c.dtype_o = FLASHCORE_F16; }},
+    {"pages", [](Case &c) { c.page = 16; }},
+    {"splits", [](Case &c) { c.splits = 3; }},
+    {"output_f32", [](Case &c) { c.dtype_o = FLASHCORE_F32; }},
+};
+
+static void test_options() {
+  std::vector<Case> pairs;
+  for (size_t i = 0; i < std::size(kOptions); ++i) {
+    std::vector<Case> alone;
+    for (int dtype : kTypes)
+      for (int dim : kDims) {
+        Case c = sized(dtype, 3, 2, 2, 139, 281, dim);
+        kOptions[i].set(c);
+        alone.push_back(c);
+        c.seq_q = 1, c.seq_kv = 300;
+        alone.push_back(c);
+      }
+    check(std::string("option_") + kOptions[i].name, alone);
+    for (size_t j = i + 1; j < std::size(kOptions); ++j) {
+      Case c = sized(kTypes[(i + j) % 2], 3, 2, 2, 100 + (int)i, 170 - (int)j, kDims[(i + j) % 3]);
+      kOptions[i].set(c);
+      kOptions[j].set(c);
+      c.seed += (int)(100 * i + j);
+      pairs.push_back(c);
+    }
+  }
+  check("options_in_pairs", pairs);
+  std::vector<Case> lengths;
+  for (int seed = 1; seed <= (quick ? 2 : 6); ++seed)
+    for (int bits = 1; bits < 16; ++bits) {
+      Case c = sized(kTypes[seed % 2], 5, 4, 2, seed % 3 ? 150 : 9, 190, kDims[seed % 3]);
+      c.lengths = bits, c.causal = (seed + bits) % 3, c.seed = 1000 * seed + bits, c.descale = 2;
+      lengths.push_back(c);
+    }
+  check("device_lengths_empty_full_and_out_of_range", lengths);
+}
+
+static void test_data() {
+  std::vector<Case> hostile, layouts;
+  for (int data = 0; data < DATA_COUNT; ++data)
+    for (int dim : kDims)
+      for (int causal = 0; causal < 2; ++causal) {
+        Case c = sized(kTypes[(data + dim / 64) % 2], 1, 2, 1, 150, 777, dim);
+        c.data = data, c.causal = causal;
+        hostile.push_back(c);
+      }
+  check("hostile_data", hostile);
+  for (int layout = 0; layout < LAYOUT_FAR; ++layout)
+    for (int dim : kDims) {
+      Case c = sized(kTypes[layout % 2], 2, 4, 2, 70, 150, dim);
+      c.layout = layout, c.causal = 1;
+      if (layout == LAYOUT_PACKED) c.seq_q = c.seq_kv;
+      layouts.push_back(c);
+    }
+  check("layouts", layouts);
+}
+
+static void test_reruns() {
+  if (!wanted("reruns_are_bit_equal")) return;
+  for (int backend : kBackends)
+    for (int dim : present(backend) ? std::vector<int>(kDims, kDims + 3) : std::vector<int>()) {
+      Case c = sized(FLASHCORE_E4M3, 2, 16, 4, 900, 1100, dim);
+      c.causal = 1, c.descale = 2;
+      Problem p(c);
+      unsigned long long first = 0;
+      std::string why;
+      drop_lse(p);
+      for (int n = 0; n < (quick ? 10 : 200) && why.empty(); ++n) {
+        const Outcome outcome = p.launch(backend);
+        if (outcome.what != Outcome::PASSED) why = outcome.why;
+        p.wait();
+        const unsigned long long sum = p.output().inspect().sum;
+        if (n == 0) first = sum;
+        if (sum != first) why = format("run %d differs", n);
+      }
+      report().expect(name_of(backend) + format(".reruns_are_bit_equal.d%d", dim), why.empty(), why);
+    }
+}
+
+/* Norm of the error over the norm of the result. O: contiguous (batch, seq, heads, dim) bf16. */
+static double relative_error(const Problem &p) {
+  const Case &c = p.c;
+  const size_t count = (size_t)c.batch * c.heads_q * c.seq_q * c.dim_v;
+  std::vector<uint16_t> out(count);
+  std::vector<double> exact(count);
+  CUDA_OK(cudaMemcpy(out.data(), p.a.o.data, 2 * count, cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(exact.data(), p.expected().o, 8 * count, cudaMemcpyDeviceToHost));
+  double difference = 0, size = 0;
+  for (size_t n = 0; n < count; ++n) {
+    const size_t d = n % c.dim_v, row = n / c.dim_v % c.seq_q, h = n / c.dim_v / c.seq_q % c.heads_q, b = n / c.dim_v / c.seq_q / c.heads_q;
+    const double x = flashcore_decode(FLASHCORE_BF16, out[((b * c.seq_q + row) * c.heads_q + h) * c.dim_v + d]) - exact[n];
+    difference += x * x;
+    size += exact[n] * exact[n];
+  }
+  return std::sqrt(difference / size);
+}
+
+/* Largest error of the LSE beyond 2e-3, in units of 2^-13 max |S|: at most 1 where the data is not hostile. */
+static double lse_error(const Problem &p) {
+  const size_t rows = (size_t)p.c.batch * p.c.heads_q * p.c.seq_q;
+  std::vector<float> out(rows);
+  std::vector<double> exact(rows), peak(rows);
+  CUDA_OK(cudaMemcpy(out.data(), p.a.lse, 4 * rows, cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(exact.data(), p.expected().lse, 8 * rows, cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(peak.data(), p.expected().peak, 8 * rows, cudaMemcpyDeviceToHost));
+  const double unit = 0x1p-13 * *std::max_element(peak.begin(), peak.end());
+  double worst = 0;
+  for (size_t n = 0; n < rows; ++n) worst = std::max(worst, (std::fabs(out[n] - exact[n]) - 2e-3) / unit);
+  return worst;
+}
+
+/* What the mode that is compiled promises. Logit std s: Q and K both times sqrt(s), here by the scale. */
+static void test_accuracy() {
+#if defined(FLASHCORE_FP8_FAST)
+  const double factor[3] = {1.1, 2.4, 3e-2};
+#else
+  const double factor[3] = {1.02, 1.02, 1e-2};
+#endif
+  const struct {
+    const char *name;
+    int data, seq;
+    float std;
+    double limit;
+  } cases[] = {{"normal_2048", DATA_NORMAL, 2048, 1.f, 2.5e-2 * factor[0]},
+               {"normal_16384", DATA_NORMAL, 16384, 1.f, 2.6e-2 * factor[0]},
+               {"logit_std_4", DATA_NORMAL, 4096, 4.f, 8.7e-3 * factor[1]},
+               {"logit_std_9", DATA_NORMAL, 2048, 9.f, 5.8e-3 * factor[1]},
+               {"values_of_one_sign", DATA_POSITIVE, 16384, 1.f, factor[2]}};
+  for (int backend : kBackends)
+    for (const auto &x : cases)
+      for (int dim : kDims) {
+        const std::string name = name_of(backend) + ".accuracy." + x.name + format(".d%d", dim);
+        if (!wanted(name) || !present(backend)) continue;
+        Case c = sized(FLASHCORE_E4M3, 1, 2, 2, 512, x.seq, dim);
+        c.data = x.data, c.scale = x.std / std::sqrt((float)dim);
+        Problem p(c);
+        double error[2], lse = 0;
+        bool launched = true;
+        for (int turn = 0; turn < 2; ++turn) {
+          launched &= p.launch(backend).what == Outcome::PASSED;
+          p.wait();
+          error[turn] = relative_error(p);
+          if (turn == 1) continue;
+          lse = lse_error(p);
+          drop_lse(p);
+        }
+        const std::string figures = format("%.3g with the LSE, %.3g without, limit %.3g; LSE %.2f", error[0], error[1], x.limit, lse);
+        report().expect(name, launched && std::max(error[0], error[1]) <= x.limit && lse <= 1, figures);
+        printf("# %s: %s\n", name.c_str(), figures.c_str());
+      }
+}
+
+/* ---- quantisers ---------------------------------------------------------------------------------------------------------------- */
+
+struct QuantiseCase {
+  int dtype, dtype_out, granularity, block_rows, smooth, rotation, dim, rows, lengths;
+};
+
+/* Bytes, scales and means of the kernels against the reference's. "": equal. */
+static std::string quantise_differs(const QuantiseCase &x) {
+  const int batch = 2, heads = 3, count = batch * x.rows * heads * x.dim, bytes = flashcore_dtype_bytes(x.dtype), scales = batch * heads * x.rows;
+  std::vector<uint8_t> in((size_t)count * bytes), out((size_t)count, 0xa5), got((size_t)count);
+  std::vector<float> descale((size_t)scales, 7.f), mean((size_t)(batch * heads * x.dim)), got_descale(descale), got_mean(mean);
+  const std::vector<int32_t> lengths = {x.rows / 3, x.rows + 5};
+  std::mt19937 rng(99);
+  std::normal_distribution<double> normal;
+  for (int i = 0; i < count; ++i) {
+    const int kind = (int)(rng() % 3001);
+    const double special[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0, 1e-30};
+    flashcore_store(in.data(), x.dtype, i, kind < 6 && !x.smooth && !x.rotation ? special[kind] : normal(rng) * (1 + i % x.dim % 7) + i % 3);
+  }
+  Memory in_memory(in.size(), kPoison8), out_memory(out.size()), descale_memory(descale.size() * 4), mean_memory(mean.size() * 4), length_memory(8);
+  in_memory.upload(in), out_memory.upload(out), descale_memory.upload(descale), length_memory.upload(lengths);
+  flashcore_fp8_quantise_args q;
+  flashcore_fp8_quantise_init(&q);
+  q.dtype = x.dtype, q.dtype_out = x.dtype_out, q.batch = batch, q.rows = x.rows, q.heads = heads, q.dim = x.dim;
+  q.granularity = x.granularity, q.block_rows = x.block_rows, q.rotation = x.rotation, q.scale = 0.03f;
+  q.x = flashcore_bshd(in.data(), x.rows, heads, x.dim), q.out = flashcore_bshd(out.data(), x.rows, heads, x.dim);
+  q.descale = descale.data(), q.mean = x.smooth ? mean.data() : nullptr, q.seqlens = x.lengths ? lengths.data() : nullptr;
+  flashcore_error error = {};
+  if (flashcore_fp8_quantise_reference(&q, &error) != FLASHCORE_OK) return std::string("reference: ") + error.message;
+  q.x.data = in_memory.data(), q.out.data = out_memory.data(), q.descale = descale_memory.data<float>();
+  q.mean = x.smooth ? mean_memory.data<float>() : nullptr, q.seqlens = x.lengths ? length_memory.data<int32_t>() : nullptr;
+  if (flashcore_fp8_quantise(&q, nullptr, &error) != FLASHCORE_OK) return error.message;
+  CUDA_OK(cudaDeviceSynchronize());
+  CUDA_OK(cudaMemcpy(got.data(), out_memory.data(), got.size(), cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(got_descale.data(), descale_memory.data(), 4 * got_descale.size(), cudaMemcpyDeviceToHost));
+  if (x.smooth) CUDA_OK(cudaMemcpy(got_mean.data(), mean_memory.data(), 4 * got_mean.size(), cudaMemcpyDeviceToHost));
+  if (memcmp(got_descale.data(), descale.data(), 4 * descale.size())) return format("scales differ, first %g, not %g", got_descale[0], descale[0]);
+  if (x.smooth && memcmp(got_mean.data(), mean.data(), 4 * mean.size())) return format("means differ, first %g, not %g", got_mean[0], mean[0]);
+  for (int i = 0; i < count; ++i)
+    if (got[(size_t)i] != out[(size_t)i]) return format("element %d is 0x%02x, not 0x%02x", i, got[(size_t)i], out[(size_t)i]);
+  return "";
+}
+
+static void test_quantisers() {
+  const int dims[] = {16, 64, 96, 128, 256, 512}, rows[] = {1, 63, 64, 130, 300};
+  for (int granularity = 0; granularity < 4; ++granularity) {
+    const std::string name = format("quantiser_kernels_equal_the_reference.granularity_%d", granularity);
+    if (!wanted(name)) continue;
+    std::string why;
+    int cases = 0;
+    for (int dtype : {FLASHCORE_F32, FLASHCORE_F16, FLASHCORE_BF16})
+      for (int dtype_out : kTypes)
+        for (int n = 0; n < 20 && why.empty(); ++n) {
+          QuantiseCase x = {dtype, dtype_out, granularity, 0, n % 2, 0, dims[n % 6], rows[n % 5], n % 3 == 2};
+          const int rotations[] = {0, 16, 32, 64, 128};
+          x.rotation = x.dim % std::max(1, rotations[n % 5]) == 0 ? rotations[n % 5] : 0;
+          x.block_rows = x.rows % 2 ? x.rows : x.rows / 2;
+          why = quantise_differs(x);
+          if (!why.empty())
+            why += format("; dtype %d to %d, block_rows %d, smooth %d, rotation %d, dim %d, rows %d, lengths %d", x.dtype, x.dtype_out, x.block_rows,
+                          x.smooth, x.rotation, x.dim, x.rows, x.lengths);
+          ++cases;
+        }
+    if (why.empty()) report().ok(name, format("%d cases", cases));
+    else report().fail(name, why);
+  }
+}
+
+int main(int argc, char **argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--quick") quick = true;
+    else if (word == "--only" && i + 1 < argc) only = argv[++i];
+    else return fprintf(stderr, "usage: test_fp8 [--quick] [--only TEXT]\n"), 2;
+  }
+  find_device();
+#if defined(FLASHCORE_FP8_FAST)
+  error_factor() = 2.4; // what the mode promises for peaked rows
+#endif
+  for (auto group : {test_quantisers, test_shapes, test_accuracy, test_options, test_data, test_many, test_reruns}) group();
+  return report().finish();
+}
