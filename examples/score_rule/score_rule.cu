@@ -81,7 +81,8 @@ static __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 template <typename Tile> static cudaError_t launch(const flashcore_attention &a, const document_rule &mine, const float *gate, cudaStream_t stream) {
   using rule = flashcore::user_rule<document_rule>; // what the descriptor asks for (softcap, bias, ALiBi ...), then yours
   int64_t blocks;
-  const flashcore::mma_schedule plan = flashcore::make_mma_schedule(a, Tile::kBlockQ, true, 1, flashcore::kTileFastest, 16, blocks);
+  const flashcore::mma_schedule plan =
+      flashcore::make_mma_schedule(a, Tile::kBlockQ, true, 1, flashcore::kTileFastest, flashcore_row_align(&a), blocks);
   const void *kernel = gate ? (const void *)gated_attention<Tile, rule> : (const void *)flashcore::mma_kernel<Tile, rule>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
   if (error != cudaSuccess) return error;

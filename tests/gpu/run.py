@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import datetime
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = ["library", "library_wgmma"]
-PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_sweep", "test_dispatch"]
+PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_fp8", "test_fp8_fast", "test_qmma", "test_sweep", "test_dispatch"]
+STANDALONE = ["test_qmma"]  # hold what they need of the library themselves
+TIMED = ["test_dispatch"]  # alone on the GPU
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 TIME_LIMIT = 1500  # seconds for one program
 
@@ -66,7 +69,7 @@ def build(nvcc, arch):
             print(text, end="")
             good &= code == 0
     for name in PROGRAMS if good else []:
-        objects = [str(BUILD / f"{n}.o") for n in [name, *LIBRARY]]
+        objects = [str(BUILD / f"{n}.o") for n in [name, *([] if name in STANDALONE else LIBRARY)]]
         good &= subprocess.run([nvcc, f"-gencode=arch=compute_{arch},code=sm_{arch}", *objects, "-o", str(BUILD / name)]).returncode == 0
     return good
 
@@ -97,16 +100,20 @@ def run_sanitizers(quick):
     if not tool:
         print("compute-sanitizer was not found; --no-sanitizer leaves it out")
         return {"error": "not found"}, False
-    results, good = {}, True
-    for check in SANITIZERS:
-        command = [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / "test_sweep"), "--tiny", "--count", "8" if quick else "40"]
-        outcome = run_logged(f"sanitizer_{check}", command)
-        summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"sanitizer_{check}.log").read_text(errors="replace"), re.M)
-        outcome["summary"] = summary[-1] if summary else "no summary"
-        print("  " + outcome["summary"])
-        good &= outcome["exit_code"] == 0
-        results[check] = outcome
-    return results, good
+    programs = {"test_sweep": ["--tiny", "--count", "8" if quick else "40"], "test_fp8": ["--quick", "--only", "unequal_head_dims"]}
+
+    def run_one(pair):
+        check, program = pair
+        name = f"sanitizer_{check}_{program}"
+        outcome = run_logged(name, [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / program), *programs[program]])
+        summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"{name}.log").read_text(errors="replace"), re.M)
+        return f"{check} {program}", {**outcome, "summary": summary[-1] if summary else "no summary"}
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = dict(pool.map(run_one, itertools.product(SANITIZERS, programs)))
+    for name, outcome in results.items():
+        print(f"{name}: {outcome['summary']}")
+    return results, all(outcome["exit_code"] == 0 for outcome in results.values())
 
 
 def main():
@@ -124,8 +131,14 @@ def main():
     if not build(nvcc, arch):
         sys.exit("the build failed")
 
-    arguments = {"test_attention": ["--quick"] if options.quick else [], "test_sweep": ["--count", "300" if options.quick else "2000"]}
-    programs = {p: run_logged(p, [str(BUILD / p), *arguments.get(p, [])]) for p in PROGRAMS}
+    arguments = {**dict.fromkeys(("test_attention", "test_fp8", "test_fp8_fast"), ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
+
+    def run_program(p):
+        return p, run_logged(p, [str(BUILD / p), *arguments.get(p, [])])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        programs = dict(pool.map(run_program, [p for p in PROGRAMS if p not in TIMED]))
+    programs.update(map(run_program, TIMED))
     good = all(r["exit_code"] == 0 and r["failed"] == 0 for r in programs.values())
     sanitizers = {"error": "left out"}
     if not options.no_sanitizer:
