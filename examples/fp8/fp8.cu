@@ -1,9 +1,9 @@
 // Demonstrates fp8 attention on a real encoder's Q, K and V: quantise them, run, and see what each way of quantising costs.
 //
-//   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a examples/fp8/fp8.cu -o fp8
-//   ./fp8 [folder of minilm_q.npy, minilm_k.npy, minilm_v.npy]
+//   nvcc -std=c++17 -O3 -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90a,code=sm_90a examples/fp8/fp8.cu -o fp8
+//   ./fp8 [folder of minilm_q.npy, minilm_k.npy, minilm_v.npy]      plot.py beside this file draws what it prints
 //
-// On an H100 or H200 the quantisers and the attention are kernels; elsewhere the CPU reference takes their place. Errors are relative norms:
+// On Ada and Hopper the quantisers and the attention are kernels; elsewhere the CPU reference takes their place. Errors are relative norms:
 //   kernel    O against fp64 math on the fp8 values as stored: what the fp8 tensor cores cost
 //   all       O against fp64 math on the fp16 values: what fp8 costs in all
 // Exit code: 0 right, 1 an error that fp8 does not explain, 2 a file or CUDA error.
@@ -113,8 +113,10 @@ static double error_of(const uint16_t *o, const float *expected, size_t count) {
 
 int main(int argc, char **argv) {
   const std::string folder = argc > 1 ? argv[1] : "tests/data";
-  int major = 0;
-  has_gpu = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0) == cudaSuccess && major == 9;
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0);
+  has_gpu = major == 9 || (major == 8 && minor == 9);
   Shape s;
   const uint16_t *x[3];
   for (int i = 0; i < 3; ++i) x[i] = load(folder + "/minilm_" + "qkv"[i] + ".npy", &s);
