@@ -52,7 +52,8 @@ struct Quantised {
   float *scales;
 };
 
-// One way of quantising. K without its mean: a row's logits all change by the same. Q and K rotated: their products do not change.
+// One way of quantising. K without its mean: a row's logits all change by the same, which softmax alone does not feel (softcap and sinks do). Q and K
+// rotated: their products do not change.
 struct Way {
   const char *name;
   int granularity;
