@@ -4,18 +4,21 @@
 
 #include "check.h"
 
-/* A problem that every tensor-core backend plans for. Nothing is read through its addresses. */
-static flashcore_attention accepted(int32_t seq) {
+/* A contiguous fp16 problem of those sizes. Nothing is read through its addresses. */
+static inline flashcore_attention sized(int32_t batch, int32_t heads_q, int32_t heads_kv, int32_t seq_q, int32_t seq_kv, int32_t dim) {
   flashcore_attention a;
   flashcore_init(&a);
   a.dtype = FLASHCORE_F16;
-  a.batch = a.heads_q = a.heads_kv = 2;
-  a.seq_q = a.seq_kv = seq;
-  a.dim_qk = a.dim_v = 64;
-  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
-  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), seq, 2, 64);
+  a.batch = batch, a.heads_q = heads_q, a.heads_kv = heads_kv;
+  a.seq_q = seq_q, a.seq_kv = seq_kv;
+  a.dim_qk = a.dim_v = dim;
+  a.q = flashcore_bshd((void *)4096, seq_q, heads_q, dim), a.o = flashcore_bshd((void *)16384, seq_q, heads_q, dim);
+  a.k = flashcore_bshd((void *)8192, seq_kv, heads_kv, dim), a.v = flashcore_bshd((void *)12288, seq_kv, heads_kv, dim);
   return a;
 }
+
+/* A problem that every tensor-core backend plans for. */
+static inline flashcore_attention accepted(int32_t seq) { return sized(2, 2, 2, seq, seq, 64); }
 
 /* What flashcore_forward would answer on a GPU of that arch: an H200 if 90, else with the SMs of an L4. */
 static flashcore_status plan_on(int32_t arch, const flashcore_attention &a, int32_t backend, flashcore_plan *plan, flashcore_error *error) {

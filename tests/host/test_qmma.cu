@@ -258,12 +258,8 @@ static void lse_of_sums_over_32_dims_is_right() {
 /* ---- plans ---------------------------------------------------------------------------------------------------------------------- */
 
 static flashcore_attention fp8(int32_t dim, int32_t seq, int32_t heads = 2) {
-  flashcore_attention a = accepted(seq);
+  flashcore_attention a = sized(2, heads, heads, seq, seq, dim);
   a.dtype = FLASHCORE_E4M3;
-  a.heads_q = a.heads_kv = heads;
-  a.dim_qk = a.dim_v = dim;
-  flashcore_tensor *tensors[] = {&a.q, &a.k, &a.v, &a.o};
-  for (uintptr_t i = 0; i < 4; ++i) *tensors[i] = flashcore_bshd(reinterpret_cast<void *>(4096 * (i + 1)), seq, heads, dim);
   return a;
 }
 

@@ -42,8 +42,8 @@ static void every_tile_is_taken_once() {
       for (int units : {1, 7, 32, 131, 132, 133, 512, 1000})
         for (int block_q : {128, 192, 256})
           for (int dim : {64, 256}) {
-            flashcore_attention a = accepted(300);
-            a.causal = causal, a.seq_q = a.seq_kv = seq, a.batch = 1, a.heads_q = a.heads_kv = units, a.dim_qk = a.dim_v = dim;
+            flashcore_attention a = sized(1, units, units, seq, seq, dim);
+            a.causal = causal;
             walk(a, block_q, std::min(132, (seq + block_q - 1) / block_q * units));
             a.heads_q *= 4;
             walk(a, block_q, std::min(132, (4 * seq + block_q - 1) / block_q * units), 4);
@@ -53,8 +53,8 @@ static void every_tile_is_taken_once() {
 static void causal_blocks_have_about_the_same_work() { /* batch * seq = 16384, heads * dim = 2048 on 132 SMs: 1.032 is the last of 7.76 rounds */
   for (int dim : {64, 128, 256})
     for (int seq = 512; seq <= 16384; seq *= 2) {
-      flashcore_attention a = accepted(300);
-      a.causal = 1, a.seq_q = a.seq_kv = seq, a.batch = 16384 / seq, a.heads_q = a.heads_kv = 2048 / dim, a.dim_qk = a.dim_v = dim;
+      flashcore_attention a = sized(16384 / seq, 2048 / dim, 2048 / dim, seq, seq, dim);
+      a.causal = 1;
       const double worst = walk(a, dim == 64 ? 256 : dim == 128 && seq > 1024 ? 192 : 128, 132);
       if (!CHECK(worst < 1.05)) printf("  dim %d, seq %d: %.3f\n", dim, seq, worst);
     }
@@ -69,11 +69,8 @@ static void heads_are_packed_where_that_saves_tiles() {
       {128, 1, 1, 4096, 128, 64}, {256, 1, 3, 4096, 64, 32},  {32, 8, 4096, 4096, 64, 1}, {32, 8, 1100, 4096, 64, 1},
   };
   for (const auto &x : cases) {
-    flashcore_attention a = accepted(300);
+    const flashcore_attention a = sized(2, x.heads_q, x.heads_kv, x.seq_q, x.seq_kv, x.dim);
     flashcore_plan plan;
-    a.heads_q = x.heads_q, a.heads_kv = x.heads_kv, a.seq_q = x.seq_q, a.seq_kv = x.seq_kv, a.dim_qk = a.dim_v = x.dim;
-    a.q = flashcore_bshd((void *)4096, x.seq_q, x.heads_q, x.dim), a.o = flashcore_bshd((void *)8192, x.seq_q, x.heads_q, x.dim);
-    a.k = a.v = flashcore_bshd((void *)16384, x.seq_kv, x.heads_kv, x.dim);
     if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_WGMMA, &plan, nullptr) == FLASHCORE_OK && plan.d.packed_group == x.pack))
       printf("  %d over %d heads, %d queries: %d packed, tiles of %d rows\n", x.heads_q, x.heads_kv, x.seq_q, (int)plan.d.packed_group,
              (int)plan.d.block_q);
@@ -89,10 +86,9 @@ static void rows_of_a_tile_fit_the_grid() {
       {1, 16, 4096, 128, 1, 128}, {1, 32, 1024, 128, 1, 128}, {4, 10, 4096, 192, 1, 128}, {4, 8, 4096, 256, 1, 128},
   };
   for (const auto &x : cases) {
-    flashcore_attention a = accepted(300);
+    flashcore_attention a = sized(x.batch, x.heads, x.heads, x.seq, x.seq, x.dim);
     flashcore_plan plan;
-    a.batch = x.batch, a.heads_q = a.heads_kv = x.heads, a.seq_q = a.seq_kv = x.seq, a.dim_qk = a.dim_v = x.dim, a.causal = x.causal;
-    a.q = a.k = a.v = flashcore_bshd((void *)4096, x.seq, x.heads, x.dim), a.o = flashcore_bshd((void *)8192, x.seq, x.heads, x.dim);
+    a.causal = x.causal;
     if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_WGMMA, &plan, nullptr) == FLASHCORE_OK)) continue;
     if (!CHECK(plan.d.block_q == x.rows)) printf("  %d heads, seq %d, dim %d: %d rows\n", x.heads, x.seq, x.dim, (int)plan.d.block_q);
   }
