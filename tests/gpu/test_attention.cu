@@ -3,12 +3,9 @@
  *
  *   test_attention [--quick] [--only TEXT]      --only: tests whose name holds TEXT */
 #include "broken.cuh"
-#include "harness.cuh"
+#include "properties.cuh"
 
 #include <functional>
-
-static bool quick = false;
-static std::string only;
 
 static const int kBackends[] = {FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA, FLASHCORE_BACKEND_WGMMA};
 static const int kTypes16[] = {FLASHCORE_F16, FLASHCORE_BF16};
@@ -35,27 +32,6 @@ static bool aim(Problem &p, const Target &target) {
   return target.tile == TILE_AUTO || p.has_tile(target.tile);
 }
 
-static std::string name_of(int backend) { return flashcore_backend_string((flashcore_backend)backend); }
-
-static bool wanted(const std::string &name) { return only.empty() || name.find(only) != std::string::npos; }
-
-struct Tally {
-  int served = 0, refused = 0, failed = 0;
-  std::string why;
-
-  void add(const Outcome &outcome, const std::string &command) {
-    if (outcome.what == Outcome::PASSED) ++served;
-    if (outcome.what == Outcome::REFUSED) ++refused;
-    if (outcome.what != Outcome::FAILED) return;
-    if (failed++ < 3) why += (why.empty() ? "" : "\n     ") + outcome.why + "\n     " + command;
-  }
-  void tell(const std::string &name) const {
-    if (failed) report().fail(name, format("%d of %d cases: ", failed, served + refused + failed) + why);
-    else if (served) report().ok(name, format("%d cases", served) + (refused ? format(", %d refused", refused) : ""));
-    else if (refused) printf("skip %s: all %d cases refused\n", name.c_str(), refused);
-  }
-};
-
 /* Every case on every target that differs from those before it, sharing the tensors and the oracle. */
 static void check(const std::string &name, const std::vector<Case> &cases) {
   if (!wanted(name)) return;
@@ -68,14 +44,6 @@ static void check(const std::string &name, const std::vector<Case> &cases) {
     }
   }
   for (size_t k = 0; k < std::size(kTargets); ++k) tallies[k].tell(std::string(kTargets[k].name) + "." + name);
-}
-
-static Case sized(int dtype, int batch, int heads_q, int heads_kv, int seq_q, int seq_kv, int dim) {
-  Case c;
-  c.dtype = dtype, c.batch = batch, c.heads_q = heads_q, c.heads_kv = heads_kv;
-  c.seq_q = seq_q, c.seq_kv = seq_kv, c.dim_qk = c.dim_v = dim;
-  c.seed = 1 + batch + 3 * heads_q + 7 * seq_q + 11 * seq_kv + 13 * dim;
-  return c;
 }
 
 /* ---- shapes -------------------------------------------------------------------------------------------------------------------- */
@@ -779,12 +747,7 @@ static void test_merge() {
 }
 
 int main(int argc, char **argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") quick = true;
-    else if (word == "--only" && i + 1 < argc) only = argv[++i];
-    else return fprintf(stderr, "usage: test_attention [--quick] [--only TEXT]\n"), 2;
-  }
+  if (!read_options(argc, argv)) return 2;
   find_device();
   const struct {
     const char *name;

@@ -6,17 +6,11 @@
 #define FLASHCORE_IMPLEMENTATION
 #include "flashcore_fp8.cuh"
 
-#include "harness.cuh"
-
-static bool quick = false;
-static std::string only;
+#include "properties.cuh"
 
 static const int kBackends[] = {FLASHCORE_BACKEND_QGMMA, FLASHCORE_BACKEND_QMMA};
 static const int kTypes[] = {FLASHCORE_E4M3, FLASHCORE_E5M2};
 static const int kDims[] = {64, 128, 256};
-
-static bool wanted(const std::string &name) { return only.empty() || name.find(only) != std::string::npos; }
-static std::string name_of(int backend) { return flashcore_backend_string((flashcore_backend)backend); }
 
 /* Is it compiled in, and for this GPU? */
 static bool present(int backend) {
@@ -32,31 +26,17 @@ static void drop_lse(Problem &p) { p.c.lse = 0, p.a.lse = nullptr; }
 static void check(const std::string &name, const std::vector<Case> &cases) {
   if (!wanted(name)) return;
   for (int backend : kBackends) {
-    int served = 0, refused = 0, failed = 0;
-    std::string why;
+    Tally tally;
     for (const Case &c : present(backend) ? cases : std::vector<Case>()) {
       Problem problem(c);
       for (int turn = 0; turn < (c.lse ? 2 : 1); ++turn) {
         if (turn == 1) drop_lse(problem);
         const Outcome outcome = problem.run(backend);
-        served += outcome.what == Outcome::PASSED;
-        refused += outcome.what == Outcome::REFUSED;
-        if (outcome.what == Outcome::FAILED && failed++ < 4) why += "\n     " + outcome.why + "\n     " + problem.reproduce_on(backend);
+        tally.add(outcome, problem.reproduce_on(backend));
       }
     }
-    const std::string full = name_of(backend) + "." + name;
-    if (failed) report().fail(full, format("%d of %d cases:", failed, served + refused + failed) + why);
-    else if (served) report().ok(full, format("%d cases", served) + (refused ? format(", %d refused", refused) : ""));
-    else printf("skip %s: all %d cases refused\n", full.c_str(), refused);
+    tally.tell(name_of(backend) + "." + name);
   }
-}
-
-static Case sized(int dtype, int batch, int heads_q, int heads_kv, int seq_q, int seq_kv, int dim) {
-  Case c;
-  c.dtype = dtype, c.batch = batch, c.heads_q = heads_q, c.heads_kv = heads_kv;
-  c.seq_q = seq_q, c.seq_kv = seq_kv, c.dim_qk = c.dim_v = dim;
-  c.seed = 1 + batch + 3 * heads_q + 7 * seq_q + 11 * seq_kv + 13 * dim;
-  return c;
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------------------------------- */
@@ -385,12 +365,7 @@ static void test_quantisers() {
 }
 
 int main(int argc, char **argv) {
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") quick = true;
-    else if (word == "--only" && i + 1 < argc) only = argv[++i];
-    else return fprintf(stderr, "usage: test_fp8 [--quick] [--only TEXT]\n"), 2;
-  }
+  if (!read_options(argc, argv)) return 2;
   find_device();
 #if defined(FLASHCORE_FP8_FAST)
   error_factor() = 2.4; // what the mode promises for peaked rows
