@@ -17,8 +17,7 @@ import sys
 
 import flashcore
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import race
 
@@ -40,16 +39,6 @@ def goal(dim, causal, seq):
     return fp8[SEQS.index(seq)] / fp16[SEQS.index(seq)]
 
 
-def cudnn(q, k, v, causal):
-    views = [x.transpose(1, 2) for x in (q, k, v)]
-
-    def peer():
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-            return F.scaled_dot_product_attention(*views, is_causal=causal)
-
-    return peer
-
-
 def speed(args):
     ratios, wrong = [], 0
     print("#  D causal    seq | TFLOP/s  cuDNN fp16 | ratio   goal  of it |  error | kernel")
@@ -62,7 +51,7 @@ def speed(args):
                 lse = torch.empty(batch, heads, seq, device="cuda") if args.lse else None
                 ours = flashcore.Attention(*narrow, lse=lse, causal=causal)
                 error = race.sample_error(ours(), *(x.float() for x in narrow), causal)
-                us = race.race({"FlashCore": ours, "cuDNN": cudnn(*wide, causal)}, False, args.rounds)
+                us = race.race({"FlashCore": ours, "cuDNN": race.sdpa(*wide, causal, SDPBackend.CUDNN_ATTENTION)}, False, args.rounds)
                 flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
                 ratio, want = us["cuDNN"] / us["FlashCore"], goal(dim, causal, seq)
                 ratios.append(ratio / want)

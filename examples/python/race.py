@@ -10,7 +10,8 @@
 
 Needs PyTorch with CUDA and nvcc. Every contender reads the same (batch, seq, heads, dim) tensors of normal random numbers; SDPA gets them as transposed
 views. Each output is compared with fp64 math on sampled rows in the same run. Times are CUDA-graph replays between events, contenders in turn, median of
-rounds; with --steady, 0.1 s of replays after 0.3 s of the same. TFLOP/s = 4 batch heads seq^2 dim / time, half of it when causal. A ratio is FlashCore's speed over the peer's. Exit code 1: a wrong output.
+rounds; with --steady, 0.1 s of replays after 0.3 s of the same. TFLOP/s = 4 batch heads seq^2 dim / time, half of it when causal. A ratio is
+FlashCore's speed over the peer's. Exit code 1: a wrong output.
 
 --l4: FlashCore takes the tiles that it takes where an SM has 100 KiB of shared memory, and asks for so much per block that only as many blocks share
 an SM as would on an L4; registers, clocks, bandwidth and the number of SMs stay this GPU's. The peers keep all of its shared memory.
@@ -44,15 +45,23 @@ def shapes(args):
     return [(max(1, args.tokens // seq), max(1, args.width // dim), seq, dim, c) for dim in args.dims for c in causal for seq in args.seqs]
 
 
+def sdpa(q, k, v, causal, backend):
+    """A function that runs that backend of PyTorch on (batch, seq, heads, dim) tensors, and returns one."""
+    views = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def peer():
+        with sdpa_kernel([backend]):
+            return F.scaled_dot_product_attention(*views, is_causal=causal, enable_gqa=k.shape != q.shape).transpose(1, 2)
+
+    return peer
+
+
 def contenders(q, k, v, causal, args):
     """name -> function that launches once and returns (batch, seq, heads, dim). A peer that refuses the shape is left out."""
     ours = flashcore.Attention(q, k, v, causal=causal, backend=args.backend, l4=args.l4)
     functions = {"FlashCore": ours, **{name: flashcore.Attention(q, k, v, causal=causal, backend=name) for name in args.also}}
-    views = [x.transpose(1, 2) for x in (q, k, v)]
-    for name, which in PEERS.items():
-        def peer(which=which):
-            with sdpa_kernel([which]):
-                return F.scaled_dot_product_attention(*views, is_causal=causal, enable_gqa=k.shape != q.shape).transpose(1, 2)
+    for name, backend in PEERS.items():
+        peer = sdpa(q, k, v, causal, backend)
         try:
             peer()
             functions[name] = peer
