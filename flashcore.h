@@ -180,7 +180,8 @@ typedef struct flashcore_tensor {
   int64_t stride_b, stride_s, stride_h;
 } flashcore_tensor;
 
-/* One fp32 factor per (batch, kv head or q head) on the device, x = stored * factor. data NULL: 1.0. Strides 0: one for all. */
+/* One fp32 factor per (batch, kv head or q head) on the device, x = stored * factor. data NULL: 1.0. Strides 0: one for all.
+ * Device data, not checked: a factor that is negative or NaN gives NaN. */
 typedef struct flashcore_descale {
   const float *data;
   int64_t stride_b, stride_h;
@@ -1335,6 +1336,16 @@ static inline flashcore_status flashcore_check_tensor_core(const flashcore_atten
   return FLASHCORE_OK;
 }
 
+/* The plan's grid: so many blocks for each batch entry, at most 2^31 - 1 in all. */
+static inline flashcore_status flashcore_set_grid(const flashcore_attention *a, int64_t blocks, const char *kernel, flashcore_plan *plan,
+                                                  flashcore_error *error) {
+  if (blocks > INT32_MAX / a->batch)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / blocks,
+                            "batch: %d entries of %lld blocks pass the %s kernel's grid of 2^31 - 1", (int)a->batch, (long long)blocks, kernel);
+  plan->d.grid = blocks * a->batch;
+  return FLASHCORE_OK;
+}
+
 /* Does the descriptor ask for more than ranges of keys? */
 static inline bool flashcore_has_rule(const flashcore_attention *a) { return a->softcap > 0.f || a->bias || a->alibi_slopes || a->mask_bits; }
 
@@ -1917,7 +1928,8 @@ typedef struct flashcore_row { /* one query row */
 } flashcore_row;
 
 static double flashcore_descale_at(const flashcore_descale *d, int32_t b, int32_t h) {
-  return d->data ? (double)d->data[b * d->stride_b + h * d->stride_h] : 1.0;
+  const double x = d->data ? (double)d->data[b * d->stride_b + h * d->stride_h] : 1.0;
+  return x >= 0.0 ? x : (double)NAN;
 }
 
 /* Where key j's row of t starts, in elements; 0 and no offset when its page is not there. */
@@ -2063,24 +2075,40 @@ static flashcore_status flashcore_plan_backend(const flashcore_attention *a, int
                           "backend is %s: its header was not compiled into this program", flashcore_backend_string((flashcore_backend)backend));
 }
 
-/* The backend and its plan: the forced one, or the first of the order below that serves the problem and is not slow at it, or the first that serves it;
- * SIMT's refusal speaks for all. */
-static flashcore_status flashcore_choose(const flashcore_attention *a, int ordinal, flashcore_attention *resolved, flashcore_plan *plan,
-                                         const flashcore_backend_ops **ops, flashcore_error *error) {
+/* How near a refusal is to serving the problem: types come first (0), then what was compiled, then the device, then the rest of the problem. */
+static int flashcore_nearness(flashcore_status refusal) {
+  return refusal == FLASHCORE_UNSUPPORTED_DTYPE ? 0 : refusal == FLASHCORE_BACKEND_NOT_COMPILED ? 1 : refusal == FLASHCORE_UNSUPPORTED_ARCH ? 2 : 3;
+}
+
+/* The first of the order below that serves the problem and is not slow at it, or the first that serves it, or SIMT. If none does, SIMT's refusal speaks
+ * for all; where SIMT does not know the types, that of the nearest, and of several the last, which demands least. a: validated and resolved. */
+static flashcore_status flashcore_plan_auto(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                            const flashcore_backend_ops **ops, flashcore_error *error) {
   static const int32_t order[] = {FLASHCORE_BACKEND_WGMMA, FLASHCORE_BACKEND_QGMMA, FLASHCORE_BACKEND_QMMA, FLASHCORE_BACKEND_MMA,
                                   FLASHCORE_BACKEND_WMMA};
+  int32_t slow = FLASHCORE_BACKEND_SIMT, nearest = FLASHCORE_BACKEND_SIMT;
+  int nearness = 1;
+  for (const int32_t backend : order) {
+    *ops = nullptr;
+    const flashcore_status status = flashcore_plan_backend(a, backend, device, plan, ops, nullptr);
+    if (!*ops) continue; /* its header is not in this program */
+    if (status == FLASHCORE_OK && !plan->is_slow) return FLASHCORE_OK;
+    if (status == FLASHCORE_OK && slow == FLASHCORE_BACKEND_SIMT) slow = backend;
+    if (status != FLASHCORE_OK && flashcore_nearness(status) >= nearness) nearest = backend, nearness = flashcore_nearness(status);
+  }
+  const flashcore_status status = flashcore_plan_backend(a, slow, device, plan, ops, error);
+  if (status != FLASHCORE_UNSUPPORTED_DTYPE || nearest == FLASHCORE_BACKEND_SIMT) return status;
+  return flashcore_plan_backend(a, nearest, device, plan, ops, error);
+}
+
+static flashcore_status flashcore_choose(const flashcore_attention *a, int ordinal, flashcore_attention *resolved, flashcore_plan *plan,
+                                         const flashcore_backend_ops **ops, flashcore_error *error) {
   flashcore_device device;
   FLASHCORE_TRY(flashcore_validate(a, error));
   FLASHCORE_TRY(flashcore_query_device(ordinal, &device, error));
   flashcore_resolve(a, resolved);
-  if (a->backend != FLASHCORE_BACKEND_AUTO) return flashcore_plan_backend(resolved, a->backend, &device, plan, ops, error);
-  int32_t slow = FLASHCORE_BACKEND_SIMT;
-  for (const int32_t backend : order) {
-    if (flashcore_plan_backend(resolved, backend, &device, plan, ops, nullptr) != FLASHCORE_OK) continue;
-    if (!plan->is_slow) return FLASHCORE_OK;
-    if (slow == FLASHCORE_BACKEND_SIMT) slow = backend;
-  }
-  return flashcore_plan_backend(resolved, slow, &device, plan, ops, error);
+  if (a->backend == FLASHCORE_BACKEND_AUTO) return flashcore_plan_auto(resolved, &device, plan, ops, error);
+  return flashcore_plan_backend(resolved, a->backend, &device, plan, ops, error);
 }
 
 static flashcore_status flashcore_check_workspace(const flashcore_attention *a, size_t bytes, flashcore_error *error) {

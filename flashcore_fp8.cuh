@@ -16,22 +16,22 @@
  * Contents                                                       backend   element type         dims (smaller multiples of 16 are padded)   from
  *   1  C API of the quantisers
  *   2  fp8 on the device; quantiser kernels                      -         f32, f16, bf16 in    multiples of 16 up to 512                   sm_75
- *   3  mma.sync: fp8 products                                    QMMA      e4m3, e5m2           64, 128, 256                                sm_89,
- *   4  mma.sync: one struct describes one kernel                           O: f16, bf16                                                     CUDA 12.4
- *   5  mma.sync: one warp's rows
+ *   3  mma.sync: fp8 products, and fp16 ones of fp8 K and V      QMMA      e4m3, e5m2; or Q:    64, 128, 256                                sm_89,
+ *   4  mma.sync: one struct describes one kernel                           f16, bf16; O: f16,                                               CUDA 12.4
+ *   5  mma.sync: one warp's rows                                           bf16
  *   6  mma.sync: kernel
  *   7  wgmma: fp8 products                                       QGMMA     e4m3, e5m2           64, 128, 256                                sm_90a
  *   8  wgmma: one struct describes one kernel                              O: f16, bf16
  *   9  wgmma: the producer and the transposers
- *  10  wgmma: the consumers' mainloop                            not served: fp16 beside fp8, O in fp8 or fp32, page tables, key splits, addresses
- *  11  wgmma: kernel                                             and strides that are no multiples of 16 bytes; QGMMA: negative strides, K and V
+ *  10  wgmma: the consumers' mainloop                            not served: O in fp8 or fp32, page tables, key splits, addresses and strides that
+ *  11  wgmma: kernel                                             are no multiples of 16 bytes; QGMMA: Q that is not fp8, negative strides, K and V
  *  12  quantisers: validation, launch, CPU reference             without keys
  *  13  attention: plan and launch
  *
  *   option, in the implementing file           what it does
  *   FLASHCORE_FP8_FAST                         QGMMA in the fast mode (qgmma_mode) instead of the accurate one; needs CUDA 12.4
  *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out
- *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16        leave the quantisers of that type out
+ *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16        leave the quantisers of that type out, and attention with Q of that type
  *
  * The algorithm is that of flashcore_wmma.cuh and flashcore_wgmma.cuh, whose work lists, rings and rules are shared, but for what fp8 changes:
  *   V      fp8 products want both operands K-major. mma.sync: its bytes are sorted on the way from shared memory to registers. wgmma: TMA brings V as
@@ -41,6 +41,8 @@
  *   o      the tensor cores keep some 14 bits of a sum. It is taken over few keys and added up in f32: mma.sync in registers after every step, wgmma
  *          in shared memory after every 512 keys
  *   scale  descales of Q and K join c, that of V the division by l
+ * Mixed, which is fp16 or bf16 Q beside fp8 K and V (a cache), is exact where fp8 is not: mma.sync gets K and V as fp16, which holds them all, and P as
+ * fp16. bf16 Q becomes fp16 too, each row in units of a power of two, so that one kernel serves both.
  *
  * Barrier ledger. mma.sync: as in flashcore_wmma.cuh, two stages. wgmma: beside that of flashcore_wgmma.cuh, where the producer is the planner too:
  *   barrier               arrivals per phase         who waits           parity in round i   what it hands over
@@ -216,9 +218,10 @@ template <typename F8> FLASHCORE_DEVICE uint32_t pack4(float a, float b, float c
 #endif
 }
 
-/* A head's factor for what is stored; 1 where there is none. */
+/* A head's factor for what is stored; 1 where there is none, NaN where it is negative. */
 FLASHCORE_DEVICE float fp8_descale(const flashcore_descale &d, int32_t batch, int32_t head) {
-  return d.data ? d.data[batch * d.stride_b + head * d.stride_h] : 1.f;
+  const float x = d.data ? d.data[batch * d.stride_b + head * d.stride_h] : 1.f;
+  return x >= 0.f ? x : __int_as_float(0x7fc00000);
 }
 /* A factor of products, as a normal number: 0 * -inf would make a masked key NaN. What is negative, or NaN, gives NaN. */
 FLASHCORE_DEVICE float fp8_normal(float x) { return x >= 0.f ? fminf(fmaxf(x, 1.1754944e-38f), 3.402823466e+38f) : __int_as_float(0x7fc00000); }
@@ -399,11 +402,18 @@ FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, 3) quantise_ker
  *
  *   ldmatrix.trans, lane (g, t)    byte 0              1            2              3
  *     matrix b: keys 8b .. 8b+7    key 8b+2t, dim 2g   same, 2g+1   key 8b+2t+1, dim 2g   same, 2g+1
- * So of 16 dims the even ones are columns of one product, the odd ones of the next: column n of product x is dim 2n + x. */
+ * So of 16 dims the even ones are columns of one product, the odd ones of the next: column n of product x is dim 2n + x.
+ *
+ * With fp16 Q the same words of K and V become fp16 on the way to m16n8k16 (fragments: section 6 of flashcore.h), two words each. Of K's, dims 4t and
+ * 4t + 1 are where the product has positions 2t, 2t + 1, and dims 4t + 2, 4t + 3 at 2t + 8, 2t + 9: a lane then wants 8 bytes of Q side by side. Of V's,
+ * split by dim, keys 2t, 2t + 1 are at positions 2t, 2t + 1, and keys 8 + 2t, 9 + 2t at 2t + 8, 2t + 9: in order, as the accumulators of S have them. */
 
 /* Where things lie, for the kernel and its tests. x: which of two column tiles of 8 (or of P: which of four registers). */
 struct qmma_order {
   static FLASHCORE_MEMBER int key(int position) { return position / 16 * 16 + position % 4 / 2 * 8 + position % 16 / 4 * 2 + position % 2; }
+  static FLASHCORE_MEMBER int mixed_dim(int position) { /* of Q and K, where Q is fp16 */
+    return position / 16 * 16 + position % 8 / 2 * 4 + position % 16 / 8 * 2 + position % 2;
+  }
   static FLASHCORE_MEMBER int dim(int column, int x) { return 2 * column + x; }
   /* The accumulators of S, of 32 keys in four column tiles, that become byte `byte` of A's register x: their column tile and element. */
   static FLASHCORE_MEMBER int p_tile(int x, int byte) { return x / 2 * 2 + byte / 2; }
@@ -416,8 +426,24 @@ template <typename SwizzledTile> FLASHCORE_INLINE uint32_t qmma_along(uint32_t a
   return (address ^ (uint32_t)(c % kSpan * 16)) + (uint32_t)(c / kSpan * kSpan * 16);
 }
 
-/* Bytes 0, 2 and 1, 3 of two words of transposed V: two keys of each, of dim 2g and of dim 2g + 1. */
-static constexpr uint32_t kQmmaEvenDims = 0x6420, kQmmaOddDims = 0x7531; /* selectors of prmt */
+/* Powers of two, one the inverse of the other, for a row of bf16 whose largest element has that size: times `inverse`, it lies in [2^14, 2^15). */
+struct qmma_unit {
+  float unit, inverse;
+};
+FLASHCORE_INLINE qmma_unit qmma_unit_of(float largest) {
+  union {
+    float value;
+    uint32_t bits;
+  } size = {largest}, unit, inverse;
+  const uint32_t exponent = size.bits >> 23 > 15 ? size.bits >> 23 : 15; /* biased; less would be out of range, and fits as it is */
+  unit.bits = (exponent - 14) << 23;
+  inverse.bits = (268 - exponent) << 23;
+  return {unit.value, inverse.value};
+}
+
+/* Selectors of prmt. Bytes 0, 2 and 1, 3 of two words of transposed V: two keys of each, of dim 2g and of dim 2g + 1. Bytes 0, 1 and 2, 3 of a word as
+ * the upper bytes of two halves. */
+static constexpr uint32_t kQmmaEvenDims = 0x6420, kQmmaOddDims = 0x7531, kQmmaLowHalves = 0x1404, kQmmaHighHalves = 0x3424;
 
 #if FLASHCORE_HAS_QMMA || !defined(__CUDA_ARCH__)
 
@@ -433,6 +459,17 @@ template <typename A, typename B> FLASHCORE_DEVICE void qmma_m16n8k32(float (&d)
   else if constexpr (B::kDtype == FLASHCORE_E5M2) FLASHCORE_QMMA("e4m3", "e5m2");
   else FLASHCORE_QMMA("e4m3", "e4m3");
 #undef FLASHCORE_QMMA
+}
+
+/* 8 or 16 bytes, aligned to that, from shared memory or into it.   ptx  ld.shared.v2.b32, ld.shared.v4.b32, st.shared.v4.b32 */
+FLASHCORE_DEVICE void load_shared_8(uint32_t &x, uint32_t &y, uint32_t address) {
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x), "=r"(y) : "r"(address) : "memory");
+}
+FLASHCORE_DEVICE void load_shared_16(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+FLASHCORE_DEVICE void store_shared_16(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");
 }
 
 /* The smaller of the two; NaN if one is NaN.   ptx  min.NaN.f32, sm_80, PTX 7.0 */
@@ -460,32 +497,89 @@ FLASHCORE_DEVICE void qmma_pack_p(const float (&s)[4][4], uint32_t (&p)[4]) {
                        s[order::p_tile(x, 2)][order::p_element(x, 2)], s[order::p_tile(x, 3)][order::p_element(x, 3)]);
 }
 
+/* Four fp8 numbers as f16, exact; NaN and infinity stay.   ptx  cvt.rn.f16x2.e4m3x2, sm_89, PTX 8.1 (sm_90: 7.8); e5m2 is f16's upper byte */
+template <typename F8> FLASHCORE_DEVICE void widen4(uint32_t x, uint32_t &low, uint32_t &high) {
+  if constexpr (F8::kDtype == FLASHCORE_E4M3)
+    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
+        : "=r"(low), "=r"(high)
+        : "r"(x));
+  else {
+    low = __byte_perm(x, 0, kQmmaLowHalves);
+    high = __byte_perm(x, 0, kQmmaHighHalves);
+  }
+}
+
+/* What a kernel multiplies with, 32 dims or keys at a time: A of Q or P, kWords registers, by B of K or V, half as many. Here all are fp8.
+ *   kTop     log2 of a row's largest p: the largest power of two that P's type holds, or less by as much as a reference may be too low
+ *   kCap     no p is larger than 2^kCap; what is, because a large reference was rounded down, becomes that
+ *   kUsual   references up to here are exact enough to go without the cap */
+template <typename TQ, typename T> struct qmma_products {
+  static constexpr int kWords = 4;
+  static constexpr float kTop = 8.f, kCap = 8.f, kUsual = 1024.f; /* at 1024 the largest p is off by 2^-13 at most, and rounds to 2^kTop */
+
+  static __forceinline__ __device__ void operand(uint32_t (&b)[kWords / 2], uint32_t x0, uint32_t x1) { b[0] = x0, b[1] = x1; }
+  static __forceinline__ __device__ void q_by_k(float (&d)[4], const uint32_t (&q)[kWords], const uint32_t (&k)[kWords / 2]) {
+    qmma_m16n8k32<T, T>(d, q, k[0], k[1]);
+  }
+  static __forceinline__ __device__ void p_by_v(float (&d)[4], const uint32_t (&p)[kWords], const uint32_t (&v)[kWords / 2]) {
+    qmma_m16n8k32<e4m3, T>(d, p, v[0], v[1]);
+  }
+  static __forceinline__ __device__ void pack_p(const float (&s)[4][4], uint32_t (&p)[kWords]) { qmma_pack_p(s, p); }
+};
+
+/* fp16 Q and P beside fp8 K and V, which become fp16 in registers: two products of 16 each. */
+template <typename T> struct qmma_products<__half, T> {
+  static constexpr int kWords = 8;
+  static constexpr float kTop = 14.f, kCap = 15.f, kUsual = 16384.f; /* see exponentiate in section 6 of flashcore_wmma.cuh */
+
+  static __forceinline__ __device__ void operand(uint32_t (&b)[kWords / 2], uint32_t x0, uint32_t x1) {
+    widen4<T>(x0, b[0], b[1]);
+    widen4<T>(x1, b[2], b[3]);
+  }
+  static __forceinline__ __device__ void q_by_k(float (&d)[4], const uint32_t (&q)[kWords], const uint32_t (&k)[kWords / 2]) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      const uint32_t a[4] = {q[4 * x], q[4 * x + 1], q[4 * x + 2], q[4 * x + 3]};
+      mma_m16n8k16<__half>(d, a, k[2 * x], k[2 * x + 1]);
+    }
+  }
+  static __forceinline__ __device__ void p_by_v(float (&d)[4], const uint32_t (&p)[kWords], const uint32_t (&v)[kWords / 2]) { q_by_k(d, p, v); }
+  static __forceinline__ __device__ void pack_p(const float (&s)[4][4], uint32_t (&p)[kWords]) {
+#pragma unroll
+    for (int x = 0; x < kWords; ++x) p[x] = pack2<__half>(s[x / 2][x % 2 * 2], s[x / 2][x % 2 * 2 + 1]);
+  }
+};
+
 #endif /* FLASHCORE_HAS_QMMA */
 
 /* ================================================================================================================================
  * 4  mma.sync: one struct describes one kernel
  * ================================================================================================================================ */
 
-/* T: of Q, K and V; kHeadDim: of all of them, smaller ones are zero-padded to it
+/* TQ: of Q, T or __half (then P is fp16, too, and Q may come as bf16); T: of K and V; kHeadDim: of all of them, smaller ones are zero-padded to it
  * kRowTiles: 16-row query tiles per warp      kRowWarps: warps, each with rows of its own     kBlockKv: keys per shared-memory stage
  * kStep: keys per softmax step, and per sum of fp8 products that is added to O in fp32        kBlocksPerSm: what the register cap is made for
  * The names are those of mma_tile, whose ring, loaders, schedule and masks serve here too. */
-template <typename T_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kBlockKv_, int kStep_, mma_q_source kQ_, int kBlocksPerSm_>
+template <typename TQ_, typename T_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kBlockKv_, int kStep_, mma_q_source kQ_, int kBlocksPerSm_>
 struct qmma_tile {
+  using TQ = TQ_;
   using T = T_;
   static constexpr int kHeadDimQk = kHeadDim_, kHeadDimV = kHeadDim_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_;
   static constexpr int kColumnWarps = 1, kBlockKv = kBlockKv_, kStep = kStep_, kStages = 2, kBlocksPerSm = kBlocksPerSm_;
   static constexpr mma_q_source kQ = kQ_;
 
   static constexpr int kThreads = kRowWarps * 32, kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps, kColumns = kHeadDimV;
-  static constexpr bool kLoose = false;
-  static constexpr int kRowBytesQk = kHeadDimQk, kRowBytesV = kHeadDimV;
+  static constexpr bool kLoose = false, kMixed = sizeof(TQ) == 2;
+  static constexpr int kRowBytesQ = kHeadDimQk * (int)sizeof(TQ), kRowBytesQk = kHeadDimQk, kRowBytesV = kHeadDimV; /* kRowBytesQk: of K */
 
   /* Shared memory: Q [kBlockQ][kHeadDim], then per stage K [kBlockKv][kHeadDim] and V [kBlockKv][kHeadDim]. */
-  static constexpr int kBytesQ = kBlockQ * kRowBytesQk, kBytesK = kBlockKv * kRowBytesQk, kBytesV = kBlockKv * kRowBytesV;
+  static constexpr int kBytesQ = kBlockQ * kRowBytesQ, kBytesK = kBlockKv * kRowBytesQk, kBytesV = kBlockKv * kRowBytesV;
   static constexpr int kOffsetQ = 0, kOffsetKv = kBytesQ, kSharedBytes = kOffsetKv + kStages * (kBytesK + kBytesV);
 
-  static_assert(kHeadDimQk % 32 == 0, "a product is 32 dims deep, and a row's stores go by 32 dims");
+  static_assert(sizeof(T) == 1 && (kMixed ? element<TQ>::kDtype == FLASHCORE_F16 : element<TQ>::kDtype == T::kDtype),
+                "fp8 K and V; Q as they are, or fp16");
+  static_assert(kHeadDimQk % 64 == 0, "a row's stores go by 32 dims, and the loaders by rows of 64 bytes or more");
+  static_assert(kRowBytesQ % 128 == 0 || !kMixed, "a lane's place in a row of Q, and in the row eight below, follows from the first by constants");
   static_assert(kBlockKv % kStep == 0 && kStep % 32 == 0, "softmax steps tile the stage, products of P are 32 keys deep");
   static_assert(kStep <= 256, "the accumulators of fp8 products are good for so many keys: tests/host/test_qmma.cu");
   static_assert(kQ != kQRegistersReuse, "Q has shared memory of its own");
@@ -495,7 +589,7 @@ struct qmma_tile {
 /* The tiles in use. wide: throughput. narrow: grids that do not fill the chip with wide tiles, and score rules, which want registers. */
 template <typename T, int kHeadDim, mma_shape kShape> struct qmma_tile_for;
 #define FLASHCORE_QMMA_TILE(dim, shape, ...)                                                                                                         \
-  template <typename T> struct qmma_tile_for<T, dim, shape> : qmma_tile<T, dim, __VA_ARGS__> {}
+  template <typename T> struct qmma_tile_for<T, dim, shape> : qmma_tile<T, T, dim, __VA_ARGS__> {}
 
 /* Registers decide, and on an L4 the 100 KiB of an SM, which as many blocks can share as the registers allow. Two row tiles per warp halve what it
  * reads from shared memory and sorts by dim; 256 dims leave registers for one. On sm_89 nothing spills up to 128 dims, 20 to 120 bytes do at 256.
@@ -507,6 +601,17 @@ FLASHCORE_QMMA_TILE(128, kNarrow, 1, 4, 64, 64, kQRegisters, 2);
 FLASHCORE_QMMA_TILE(256, kWide, 1, 8, 64, 64, kQRegisters, 1);
 FLASHCORE_QMMA_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 2);
 
+/* The same with fp16 Q. Its rows are twice as long, so that at 128 dims a wide tile has stages of half as many keys, for two blocks on an L4's SM. */
+template <typename T, int kHeadDim, mma_shape kShape> struct qmma_mixed_tile_for;
+#define FLASHCORE_QMMA_MIXED_TILE(dim, shape, ...)                                                                                                   \
+  template <typename T> struct qmma_mixed_tile_for<T, dim, shape> : qmma_tile<__half, T, dim, __VA_ARGS__> {}
+FLASHCORE_QMMA_MIXED_TILE(64, kWide, 2, 4, 64, 64, kQRegisters, 2);
+FLASHCORE_QMMA_MIXED_TILE(64, kNarrow, 1, 4, 64, 64, kQRegisters, 3);
+FLASHCORE_QMMA_MIXED_TILE(128, kWide, 2, 4, 32, 32, kQShared, 2);
+FLASHCORE_QMMA_MIXED_TILE(128, kNarrow, 1, 4, 64, 64, kQRegisters, 2);
+FLASHCORE_QMMA_MIXED_TILE(256, kWide, 1, 8, 32, 32, kQRegisters, 1);
+FLASHCORE_QMMA_MIXED_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 1);
+
 /* ================================================================================================================================
  * 5  mma.sync: one warp's rows
  * ================================================================================================================================ */
@@ -517,13 +622,13 @@ FLASHCORE_QMMA_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 2);
  * o[i][2c], o[i][2c + 1] are the even and the odd ones of dims 16c .. 16c + 15. Of q, half is used. */
 template <typename Tile> struct qmma_warp : mma_warp<Tile> {
   using base = mma_warp<Tile>;
-  using T = typename Tile::T;
-  using base::lane, base::row_of, base::o, base::m, base::l, base::q, base::kRowTiles, base::kStep, base::kTilesO;
-  using typename base::tile_qk;
+  using products = qmma_products<typename Tile::TQ, typename Tile::T>;
+  using tile_q = swizzled_tile<Tile::kRowBytesQ>;
+  using base::lane, base::row_of, base::o, base::m, base::l, base::q, base::q_address, base::kRowTiles, base::kStep, base::kTilesO;
   using typename base::tile_v;
-  static constexpr int kDepthQk = Tile::kHeadDimQk / 32, kTilesS = kStep / 8;
-  static constexpr float kTop = 8.f;                         /* log2 of a row's largest term: the largest power of two that e4m3 holds */
-  static constexpr bool kAlwaysCaps = Tile::kHeadDimV > 128; /* WHY: two ways to the same registers spill 900 bytes there */
+  static constexpr int kDepthQk = Tile::kHeadDimQk / 32, kTilesS = kStep / 8, kWords = products::kWords;
+  static constexpr bool kAlwaysCaps = Tile::kHeadDimV > 128;                /* WHY: two ways to the same registers spill 900 bytes there */
+  static constexpr bool kLsePays = !Tile::kMixed || Tile::kHeadDimQk > 128; /* whoever wants the LSE pays for its last bits */
 
   float scale[kRowTiles][2]; /* of the products of rows g, g + 8, with the descales: to log2 units; with a rule, to natural units */
 
@@ -532,6 +637,7 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
                                        bool general) {
     base::init(a, plan, w, block, shared);
     base::v_address = tile_v::offset(lane(), 0);
+    if constexpr (Tile::kMixed) q_address = shared + Tile::kOffsetQ + tile_q::offset(base::row0() + lane() / 4, lane() % 4 / 2) + lane() % 2 * 8;
     const int kv_head = plan.group.quotient(w.head);
     if (lane() == 0) { /* bytes are elements */
       block.work().k = static_cast<const char *>(a.k.data) + w.seq.k + kv_head * a.k.stride_h;
@@ -553,15 +659,17 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* The tile's rows of Q. Rows past the end become zeros and are never stored. */
   __forceinline__ __device__ void load_q(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, uint32_t shared) {
-    using loader = tile_loader<Tile::kBlockQ, Tile::kRowBytesQk, Tile::kThreads>;
-    const char *src = static_cast<const char *>(a.q.data) + w.seq.q + w.head * a.q.stride_h;
-    const int chunks = a.dim_qk / 16, rows = w.rows - w.row0;
-    if (plan.pack.d == 1) return loader::load_edge(shared + Tile::kOffsetQ, src + w.row0 * a.q.stride_s, (int32_t)a.q.stride_s, rows, chunks);
+    using loader = tile_loader<Tile::kBlockQ, Tile::kRowBytesQ, Tile::kThreads>;
+    constexpr int kBytes = sizeof(typename Tile::TQ);
+    const char *src = static_cast<const char *>(a.q.data) + kBytes * (w.seq.q + w.head * a.q.stride_h);
+    const int chunks = a.dim_qk * kBytes / 16, rows = w.rows - w.row0;
+    if (plan.pack.d == 1)
+      return loader::load_edge(shared + Tile::kOffsetQ, src + kBytes * (w.row0 * a.q.stride_s), (int32_t)a.q.stride_s * kBytes, rows, chunks);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < Tile::kBlockQ * tile_qk::kChunks; i += Tile::kThreads) {
-      const int r = i / tile_qk::kChunks, chunk = i % tile_qk::kChunks, query = plan.pack.quotient(w.row0 + r);
+    for (int i = threadIdx.x; i < Tile::kBlockQ * tile_q::kChunks; i += Tile::kThreads) {
+      const int r = i / tile_q::kChunks, chunk = i % tile_q::kChunks, query = plan.pack.quotient(w.row0 + r);
       const int64_t offset = query * a.q.stride_s + (w.row0 + r - query * plan.pack.d) * a.q.stride_h;
-      cp_async<16>(shared + Tile::kOffsetQ + tile_qk::offset(r, chunk), src + offset + chunk * 16, r < rows && chunk < chunks);
+      cp_async<16>(shared + Tile::kOffsetQ + tile_q::offset(r, chunk), src + kBytes * offset + chunk * 16, r < rows && chunk < chunks);
     }
   }
   /* Keys from `key` on of K and V into the stage at `dst`; what is past the end becomes zeros, since 0 * NaN is NaN. */
@@ -580,17 +688,75 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* ---- the two products ---- */
 
+  /* Q from bf16 to fp16 in shared memory, every warp its own rows, each in a unit of its own, which joins its scale. Elements more than 2^31 times
+   * smaller than the row's largest lose bits, by 2^-39 of the largest at most.
+   *   callers  all 32 lanes, converged; whole quads have a row
+   *   implies  __syncwarp */
+  __forceinline__ __device__ void q_from_bf16(uint32_t shared, bool general) {
+#pragma unroll 1
+    for (int r = 0; r < 2 * kRowTiles; ++r) {
+      const int row = base::row0() + 8 * r + lane() / 4;
+      float largest = 0.f, lo, hi;
+      uint32_t x[4];
+      const auto chunk = [&](int c) { return shared + Tile::kOffsetQ + tile_q::offset(row, c); };
+      for (int c = lane() % 4; c < tile_q::kChunks; c += 4) {
+        load_shared_16(x, chunk(c));
+        for (int n = 0; n < 4; ++n) {
+          unpack2<__nv_bfloat16>(x[n], lo, hi);
+          largest = fmaxf(largest, fmaxf(fabsf(lo), fabsf(hi)));
+        }
+      }
+      const qmma_unit of_row = qmma_unit_of(quad_max(largest));
+      for (int c = lane() % 4; c < tile_q::kChunks; c += 4) {
+        load_shared_16(x, chunk(c));
+        for (int n = 0; n < 4; ++n) {
+          unpack2<__nv_bfloat16>(x[n], lo, hi);
+          x[n] = pack2<__half>(lo * of_row.inverse, hi * of_row.inverse);
+        }
+        store_shared_16(chunk(c), x);
+      }
+#pragma unroll
+      for (int n = 0; n < 2 * kRowTiles; ++n)
+        if (n == r) scale[n / 2][n % 2] = general ? scale[n / 2][n % 2] * of_row.unit : fp8_normal(scale[n / 2][n % 2] * of_row.unit);
+    }
+    __syncwarp();
+  }
+  /* A's registers for 32 dims of the 16 rows of row tile i. */
+  __forceinline__ __device__ void q_fragment(uint32_t (&f)[kWords], int i, int k) const {
+    if constexpr (Tile::kMixed) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) { /* row g: registers 0, 2; row g + 8: 1, 3 */
+        const uint32_t address = qmma_along<tile_q>(q_address, 2 * (2 * k + x)) + i * 16 * Tile::kRowBytesQ;
+        load_shared_8(f[4 * x], f[4 * x + 2], address);
+        load_shared_8(f[4 * x + 1], f[4 * x + 3], address + 8 * Tile::kRowBytesQ);
+      }
+    } else base::q_fragment(f, i, k);
+  }
   __forceinline__ __device__ void hold_q() {
     if constexpr (base::kQHeld) {
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
-        for (int k = 0; k < kDepthQk; ++k) base::q_fragment(q[i][k], i, k);
+        for (int k = 0; k < kDepthQk; ++k) {
+          uint32_t f[kWords];
+          q_fragment(f, i, k);
+#pragma unroll
+          for (int x = 0; x < kWords; ++x) q[i][k * (kWords / 4) + x / 4][x % 4] = f[x];
+        }
     }
   }
+  /* s += q k of 32 dims; kExact: added in fp32. */
+  template <bool kExact>
+  static __forceinline__ __device__ void add_product(float (&s)[4], const uint32_t (&q)[kWords], const uint32_t (&k)[kWords / 2]) {
+    if (!kExact) return products::q_by_k(s, q, k);
+    float part[4] = {};
+    products::q_by_k(part, q, k);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[j] += part[j];
+  }
   /* s = Q K^T for kStep keys at `k_tile`.   [16 kRowTiles][kStep] f32
-   *   kExact   sums over 32 dims are added up in fp32. O does not feel that these accumulators keep about 14 bits, since its P has four, but the LSE of
-   *            large logits does, by up to 2^-10 of them */
+   *   kExact   sums over 32 dims are added up in fp32. O does not feel that the accumulators of fp8 products keep about 14 bits, since its P has four,
+   *            but the LSE of large logits does, by up to 2^-10 of them. Those of fp16 products lose a little with each, which shows beyond 128 dims */
   template <bool kExact> __forceinline__ __device__ void gemm_qk(float (&s)[kRowTiles][kTilesS][4], uint32_t k_tile) {
     constexpr int kUnroll = kExact && !base::kQHeld ? 1 : kDepthQk; /* WHY: all at once, exact sums spill 340 bytes at 128 dims */
 #pragma unroll
@@ -599,51 +765,46 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
       for (int n = 0; n < kTilesS; ++n) s[i][n][0] = s[i][n][1] = s[i][n][2] = s[i][n][3] = 0.f;
 #pragma unroll kUnroll
     for (int k = 0; k < kDepthQk; ++k) {
-      uint32_t fq[kRowTiles][4];
+      uint32_t fq[kRowTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kRowTiles; ++i) {
         if constexpr (base::kQHeld) {
 #pragma unroll
-          for (int x = 0; x < 4; ++x) fq[i][x] = q[i][k][x];
-        } else base::q_fragment(fq[i], i, k);
+          for (int x = 0; x < kWords; ++x) fq[i][x] = q[i][k * (kWords / 4) + x / 4][x % 4];
+        } else q_fragment(fq[i], i, k);
       }
 #pragma unroll
       for (int n = 0; n < kTilesS / 2; ++n) {
         uint32_t fk[4];
         base::template k_fragment<kTilesS>(fk, k_tile, k * (kTilesS / 2) + n);
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i)
+        for (int x = 0; x < 2; ++x) {
+          uint32_t b[kWords / 2];
+          products::operand(b, fk[2 * x], fk[2 * x + 1]);
 #pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            float(&sum)[4] = s[i][2 * n + x];
-            if (!kExact) {
-              qmma_m16n8k32<T, T>(sum, fq[i], fk[2 * x], fk[2 * x + 1]);
-            } else {
-              float part[4] = {};
-              qmma_m16n8k32<T, T>(part, fq[i], fk[2 * x], fk[2 * x + 1]);
-#pragma unroll
-              for (int j = 0; j < 4; ++j) sum[j] += part[j];
-            }
-          }
+          for (int i = 0; i < kRowTiles; ++i) add_product<kExact>(s[i][2 * n + x], fq[i], b);
+        }
       }
     }
   }
   /* o = factor o + P V for kStep keys at `v_tile`.   [16 kRowTiles][kHeadDimV] f32
    * WHY sums from zero: the accumulator of an fp8 product keeps about 14 bits, so that a long sum loses its last terms. So many keys lose nothing that
    * shows, and the rescaling of O comes with the addition. */
-  __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kStep / 32][4], const float (&factor)[kRowTiles][2], uint32_t v_tile) {
+  __forceinline__ __device__ void gemm_pv(const uint32_t (&p)[kRowTiles][kStep / 32][kWords], const float (&factor)[kRowTiles][2], uint32_t v_tile) {
 #pragma unroll
     for (int c = 0; c < kTilesO / 2; ++c) {
       float part[kRowTiles][2][4] = {};
 #pragma unroll
       for (int k = 0; k < kStep / 32; ++k) {
-        uint32_t v[4], even[2], odd[2];
+        uint32_t v[4], dims[2][2];
         ldmatrix_x4_trans(v, qmma_along<tile_v>(v_tile + base::v_address, c) + k * 32 * Tile::kRowBytesV);
-        qmma_split_dims(v, even, odd);
+        qmma_split_dims(v, dims[0], dims[1]);
 #pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          qmma_m16n8k32<e4m3, T>(part[i][0], p[i][k], even[0], even[1]);
-          qmma_m16n8k32<e4m3, T>(part[i][1], p[i][k], odd[0], odd[1]);
+        for (int x = 0; x < 2; ++x) {
+          uint32_t b[kWords / 2];
+          products::operand(b, dims[x][0], dims[x][1]);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) products::p_by_v(part[i][x], p[i][k], b);
         }
       }
 #pragma unroll
@@ -688,18 +849,19 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float top = fmaxf(m[i][h], __fadd_rd(base::reference_for(s, i, h, kGeneral ? 1.f : scale[i][h]), -kTop));
+        const float top = fmaxf(m[i][h], __fadd_rd(base::reference_for(s, i, h, kGeneral ? 1.f : scale[i][h]), -products::kTop));
         factor[i][h] = ex2(m[i][h] - top);
         m[i][h] = top;
-        unusual |= fabsf(top) > 1024.f; /* below, the largest term is off by 2^-13 at most, and rounds to 2^kTop */
+        unusual |= fabsf(top) > products::kUsual;
       }
     return __any_sync(0xffffffffu, unusual);
   }
   /* s becomes p = exp2(s c - m), rounded; l follows, of what p was before.
-   *   kCapped  a large reference was rounded down, so that the largest terms come out too large: they become 2^kTop
-   *   edge     a row with no visible key has p = 0, l = 0; NaN stays */
+   *   kCapped  a large reference was rounded down, so that the largest terms come out too large: they become 2^kCap
+   *   edge     a row with no visible key has p = 0, l = 0; NaN stays
+   *   edge     mixed: beside such a reference the largest term is no power of two, and l counts what O gets: a row of one key is that key's V */
   template <bool kGeneral, bool kCapped>
-  __forceinline__ __device__ void exponentiate(float (&s)[kRowTiles][kTilesS][4], uint32_t (&p)[kRowTiles][kStep / 32][4],
+  __forceinline__ __device__ void exponentiate(float (&s)[kRowTiles][kTilesS][4], uint32_t (&p)[kRowTiles][kStep / 32][kWords],
                                                const float (&factor)[kRowTiles][2]) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) {
@@ -712,7 +874,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
           for (int x = 0; x < 2; ++x) {
             float &e = s[i][n][2 * h + x];
             const float y = fmaf(e, kGeneral ? 1.f : scale[i][h], -m[i][h]);
-            e = ex2(kCapped ? qmma_min(y, kTop) : y);
+            e = ex2(kCapped ? qmma_min(y, products::kCap) : y);
+            if (kCapped && Tile::kMixed && fabsf(m[i][h]) > products::kUsual) e = element<__half>::load(element<__half>::store(e));
             sum[x] = n == 0 ? e : sum[x] + e;
           }
         l[i][h] = fmaf(l[i][h], factor[i][h], sum[0] + sum[1]);
@@ -720,7 +883,7 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 #pragma unroll
       for (int k = 0; k < kStep / 32; ++k) {
         const float(&s_of_k)[4][4] = *reinterpret_cast<const float(*)[4][4]>(&s[i][4 * k]);
-        qmma_pack_p(s_of_k, p[i][k]);
+        products::pack_p(s_of_k, p[i][k]);
       }
     }
   }
@@ -736,8 +899,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
       const int key = key0 + c;
       if (key >= w.warp_last || key + kStep <= w.warp_first) continue;
       float s[kRowTiles][kTilesS][4], factor[kRowTiles][2];
-      uint32_t p[kRowTiles][kStep / 32][4];
-      if (a.lse) gemm_qk<true>(s, k_tile + c * Tile::kRowBytesQk); /* who wants it pays for its last bits */
+      uint32_t p[kRowTiles][kStep / 32][kWords];
+      if (kLsePays && a.lse) gemm_qk<true>(s, k_tile + c * Tile::kRowBytesQk);
       else gemm_qk<false>(s, k_tile + c * Tile::kRowBytesQk);
       if constexpr (Rule::kActive) apply_rule(s, a, plan, w, key, rule);
       if (key + kStep > w.full_last || key < w.full_first) base::mask(s, a, plan, w, key);
@@ -766,6 +929,7 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
     if (w.tile_begin >= w.tile_end) return cp_async_wait_all(); /* Q was for nothing */
     fill_next();
     next_tile();
+    if (Tile::kMixed && a.dtype == FLASHCORE_BF16) q_from_bf16(shared, Rule::kActive);
     hold_q();
     for (; tile < w.tile_end; next_tile()) {
       fill_next();
@@ -776,8 +940,9 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* ---- the end ---- */
 
-  /* O of live rows and dims, after finish; v_scale: V's descale. Of dims 16c .. 16c + 15, the even ones in one accumulator and the odd ones in the
-   * next, lane t has 4t .. 4t + 3; even lanes then give what they have of odd c to the odd lane beside them, for what it has of even c: 16 bytes each.
+  /* O of live rows and dims, after finish; v_scale: V's descale, which a row without keys does not feel. Of dims 16c .. 16c + 15, the even ones in one
+   * accumulator and the odd ones in the next, lane t has 4t .. 4t + 3; even lanes then give what they have of odd c to the odd lane beside them, for what
+   * it has of even c: 16 bytes each.
    *   callers  all 32 lanes, converged */
   template <typename Out>
   __forceinline__ __device__ void store(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, float v_scale) const {
@@ -790,12 +955,12 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
       for (int h = 0; h < 2; ++h) {
         const int row = row_of(w, i, h), query = plan.pack.quotient(row), dims = row < w.rows ? a.dim_v - column : 0;
         Out *const dst = out + query * a.o.stride_s + (row - query * plan.pack.d) * a.o.stride_h;
+        const float factor = quad_sum(l[i][h]) == 0.f ? 0.f : v_scale;
 #pragma unroll
         for (int n = 0; n < kTilesO; n += 4) {
           uint32_t x[4]; /* dims 4t, 4t + 1; 4t + 2, 4t + 3; the same of the next 16 dims */
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            x[j] = pack2<Out>(o[i][n + j / 2 * 2][2 * h + j % 2] * v_scale, o[i][n + j / 2 * 2 + 1][2 * h + j % 2] * v_scale);
+          for (int j = 0; j < 4; ++j) x[j] = pack2<Out>(o[i][n + j / 2 * 2][2 * h + j % 2] * factor, o[i][n + j / 2 * 2 + 1][2 * h + j % 2] * factor);
           const uint32_t low = __shfl_xor_sync(0xffffffffu, is_odd ? x[0] : x[2], 1), high = __shfl_xor_sync(0xffffffffu, is_odd ? x[1] : x[3], 1);
           if (n * 8 < dims) *reinterpret_cast<uint4 *>(dst + n * 8) = is_odd ? make_uint4(low, high, x[2], x[3]) : make_uint4(x[0], x[1], low, high);
         }
@@ -1104,8 +1269,8 @@ template <typename Tile> struct qgmma_transposer {
                         swizzled_tile<kRowV>::offset(lane, keys % (kRowV / 16));
 #pragma unroll
     for (int c = 0; c < kPieces; ++c)
-      stmatrix(to + c * 32 * kRowV, {__byte_perm(r[c][0], r[c][1], 0x6420), __byte_perm(r[c][0], r[c][1], 0x7531),
-                                     __byte_perm(r[c][2], r[c][3], 0x6420), __byte_perm(r[c][2], r[c][3], 0x7531)});
+      stmatrix(to + c * 32 * kRowV, {__byte_perm(r[c][0], r[c][1], kQmmaEvenDims), __byte_perm(r[c][0], r[c][1], kQmmaOddDims),
+                                     __byte_perm(r[c][2], r[c][3], kQmmaEvenDims), __byte_perm(r[c][2], r[c][3], kQmmaOddDims)});
   }
   /* The items of one warp (0 .. kTransposers - 1), two in flight. */
   __forceinline__ __device__ void block(uint32_t raw, uint32_t v, int warp, int keys) const {
@@ -1829,13 +1994,19 @@ FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_
  * ================================================================================================================================ */
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
-/* What both fp8 kernels ask for: types, keys that are neither paged nor split, dims, addresses and strides of whole 16 bytes. */
-static flashcore_status flashcore_fp8_check_attention(const flashcore_attention *a, const flashcore_device *device, const char *kernel, int min_arch,
-                                                      flashcore_error *error) {
-  if (!flashcore_is_fp8(a->dtype))
+/* Is Q fp16 or bf16 beside fp8 K and V? */
+static bool flashcore_fp8_is_mixed(const flashcore_attention *a) {
+  return (a->dtype == FLASHCORE_F16 || a->dtype == FLASHCORE_BF16) && flashcore_is_fp8(a->dtype_kv);
+}
+
+/* What both fp8 kernels ask for: types, keys that are neither paged nor split, dims, addresses and strides of whole 16 bytes.
+ *   mixed    the types are right already: Q is not fp8 */
+static flashcore_status flashcore_fp8_check_attention(const flashcore_attention *a, const flashcore_device *device, const char *kernel, bool mixed,
+                                                      int min_arch, flashcore_error *error) {
+  if (!mixed && !flashcore_is_fp8(a->dtype))
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, FLASHCORE_E4M3, "dtype: the %s kernel serves fp8, not %d", kernel,
                             (int)a->dtype);
-  if (a->dtype_kv != a->dtype)
+  if (!mixed && a->dtype_kv != a->dtype)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
                             "dtype_kv: the %s kernel needs one type for Q, K and V (%d), not %d", kernel, (int)a->dtype, (int)a->dtype_kv);
   if (a->dtype_o != FLASHCORE_F16 && a->dtype_o != FLASHCORE_BF16)
@@ -1852,7 +2023,7 @@ static flashcore_status flashcore_fp8_check_attention(const flashcore_attention 
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {
-    const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(tensors[i]->data), step = i == 3 ? 8 : 16;
+    const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(tensors[i]->data), step = i == 3 || (i == 0 && mixed) ? 8 : 16;
     const int64_t strides[3] = {tensors[i]->stride_b, tensors[i]->stride_s, tensors[i]->stride_h};
     if (address % 16)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], address, 16, "%s: the %s kernel needs a 16-byte aligned address",
@@ -1868,7 +2039,7 @@ static flashcore_status flashcore_fp8_check_attention(const flashcore_attention 
 
 /* Besides, inputs that TMA can read: strides not negative and less than 2^40 bytes, and a key. */
 static flashcore_status flashcore_qgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qgmma", 90, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qgmma", false, 90, error));
   if (device->arch != 90)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
                             "the qgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
@@ -1985,11 +2156,11 @@ static flashcore_status flashcore_qmma_check(const flashcore_attention *a, const
   if (!FLASHCORE_QMMA_COMPILER)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "backend", __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__, 1204,
                             "backend: the qmma kernel needs CUDA 12.4, this was compiled with %d.%d", __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__);
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qmma", 89, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qmma", flashcore_fp8_is_mixed(a), 89, error));
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {
-    const int64_t limit = INT32_MAX / (i == 3 ? 2 : 1), stride = tensors[i]->stride_s;
+    const int64_t limit = INT32_MAX / flashcore_dtype_bytes(i == 0 ? a->dtype : i == 3 ? a->dtype_o : a->dtype_kv), stride = tensors[i]->stride_s;
     if (stride > limit || stride < -limit)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], stride, limit,
                               "%s: the qmma kernel needs rows less than 2 GiB apart, not %lld elements", names[i], (long long)stride);
@@ -2008,44 +2179,35 @@ template <typename Tile, bool kGeneral> static void flashcore_qmma_use(flashcore
   plan->d.threads = Tile::kThreads;
   plan->d.shared_bytes = Tile::kSharedBytes;
 }
-template <typename T, int kHeadDim>
+template <typename wide, typename narrow>
 static void flashcore_qmma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
-  using wide = flashcore::qmma_tile_for<T, kHeadDim, flashcore::kWide>;
-  using narrow = flashcore::qmma_tile_for<T, kHeadDim, flashcore::kNarrow>;
   if (general) return flashcore_qmma_use<narrow, true>(plan);
   const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch, enough = (int64_t)device->sm_count * wide::kBlocksPerSm * wide::kBlockQ;
   if (rows < enough) flashcore_qmma_use<narrow, false>(plan);
   else flashcore_qmma_use<wide, false>(plan);
 }
-/* The smallest instance that holds both dims, at most 256. */
-template <typename T>
+/* The smallest instance of a table of tiles that holds both dims, at most 256. */
+template <template <typename, int, flashcore::mma_shape> class TileFor, typename T>
 static void flashcore_qmma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  using namespace flashcore;
   const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
-  if (dim <= 64) flashcore_qmma_pick<T, 64>(a, device, general, plan);
-  else if (dim <= 128) flashcore_qmma_pick<T, 128>(a, device, general, plan);
-  else flashcore_qmma_pick<T, 256>(a, device, general, plan);
+  if (dim <= 64) flashcore_qmma_pick<TileFor<T, 64, kWide>, TileFor<T, 64, kNarrow>>(a, device, general, plan);
+  else if (dim <= 128) flashcore_qmma_pick<TileFor<T, 128, kWide>, TileFor<T, 128, kNarrow>>(a, device, general, plan);
+  else flashcore_qmma_pick<TileFor<T, 256, kWide>, TileFor<T, 256, kNarrow>>(a, device, general, plan);
+}
+/* The kernel for K and V of type T, with Q of the same type or of 16 bits; none where it was left out. One serves fp16 and bf16. */
+template <typename T>
+static void flashcore_qmma_select_for(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  if (a->dtype == a->dtype_kv) return flashcore_qmma_select<flashcore::qmma_tile_for, T>(a, device, general, plan);
+#if !defined(FLASHCORE_NO_F16)
+  if (a->dtype == FLASHCORE_F16) flashcore_qmma_select<flashcore::qmma_mixed_tile_for, T>(a, device, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (a->dtype == FLASHCORE_BF16) flashcore_qmma_select<flashcore::qmma_mixed_tile_for, T>(a, device, general, plan);
+#endif
 }
 
 enum { FLASHCORE_QMMA_ORDER, FLASHCORE_QMMA_GENERAL }; /* plan->param */
-
-/* Rows, packing and order of the grid. */
-static flashcore_status flashcore_qmma_schedule(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
-                                                flashcore_error *error) {
-  flashcore_description *d = &plan->d;
-  const int32_t group = a->heads_q / a->heads_kv;
-  const int64_t block_q = d->block_q, tiles = (a->seq_q + block_q - 1) / block_q, packed_tiles = ((int64_t)a->seq_q * group + block_q - 1) / block_q;
-  const bool pack = packed_tiles < tiles * group && (int64_t)a->seq_q * group <= FLASHCORE_MAX_SEQ;
-  d->packed_group = pack ? group : 1;
-  d->grid = (pack ? packed_tiles : tiles) * (a->heads_q / d->packed_group);
-  if (d->grid > INT32_MAX / a->batch)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
-                            "batch: %d entries of %lld blocks pass the qmma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
-  d->grid *= a->batch;
-  plan->param[FLASHCORE_QMMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
-                                      : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
-                                                                        : flashcore::kLongestFirst;
-  return FLASHCORE_OK;
-}
 
 static flashcore_status flashcore_qmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                             flashcore_error *error) {
@@ -2053,20 +2215,24 @@ static flashcore_status flashcore_qmma_plan(const flashcore_attention *a, const 
   if (status != FLASHCORE_OK) return status;
   const bool general = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_E4M3)
-  if (a->dtype == FLASHCORE_E4M3) flashcore_qmma_select<flashcore::e4m3>(a, device, general, plan);
+  if (a->dtype_kv == FLASHCORE_E4M3) flashcore_qmma_select_for<flashcore::e4m3>(a, device, general, plan);
 #endif
 #if !defined(FLASHCORE_NO_E5M2)
-  if (a->dtype == FLASHCORE_E5M2) flashcore_qmma_select<flashcore::e5m2>(a, device, general, plan);
+  if (a->dtype_kv == FLASHCORE_E5M2) flashcore_qmma_select_for<flashcore::e5m2>(a, device, general, plan);
 #endif
   if (!plan->kernel)
-    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the qmma kernel was compiled without type %d",
-                            (int)a->dtype);
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0,
+                            "dtype: the qmma kernel was compiled without Q of type %d beside K and V of type %d", (int)a->dtype, (int)a->dtype_kv);
+  const flashcore::mma_spread spread = flashcore::make_mma_spread(*a, plan->d.block_q, device->sm_count);
+  const char *const q_type = a->dtype == FLASHCORE_F16 ? "f16/" : a->dtype == FLASHCORE_BF16 ? "bf16/" : "";
   plan->d.backend = FLASHCORE_BACKEND_QMMA;
   plan->d.splits = 1;
+  plan->d.packed_group = spread.pack;
+  plan->param[FLASHCORE_QMMA_ORDER] = spread.order;
   plan->param[FLASHCORE_QMMA_GENERAL] = general;
-  snprintf(plan->d.kernel, sizeof plan->d.kernel, "qmma %s d%d q%d kv%d%s", a->dtype == FLASHCORE_E4M3 ? "e4m3" : "e5m2", (int)plan->d.head_dim_v,
-           (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
-  return flashcore_qmma_schedule(a, device, plan, error);
+  snprintf(plan->d.kernel, sizeof plan->d.kernel, "qmma %s%s d%d q%d kv%d%s", q_type, a->dtype_kv == FLASHCORE_E4M3 ? "e4m3" : "e5m2",
+           (int)plan->d.head_dim_v, (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
+  return flashcore_set_grid(a, spread.blocks, "qmma", plan, error);
 }
 
 static flashcore_status flashcore_qmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,

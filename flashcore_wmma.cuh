@@ -553,14 +553,9 @@ static flashcore_status flashcore_wmma_plan(const flashcore_attention *a, const 
   d->backend = FLASHCORE_BACKEND_WMMA;
   d->packed_group = 1;
   d->splits = 1;
-  d->grid = ((int64_t)a->seq_q + d->block_q - 1) / d->block_q * a->heads_q;
-  if (d->grid > INT32_MAX / a->batch)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
-                            "batch: %d entries of %lld blocks pass the wmma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
-  d->grid *= a->batch;
   snprintf(d->kernel, sizeof d->kernel, "wmma %s d%d q%d kv%d", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)d->head_dim_qk, (int)d->block_q,
            (int)d->block_kv);
-  return FLASHCORE_OK;
+  return flashcore_set_grid(a, ((int64_t)a->seq_q + d->block_q - 1) / d->block_q * a->heads_q, "wmma", plan, error);
 }
 
 static flashcore_status flashcore_wmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
@@ -759,6 +754,22 @@ FLASHCORE_INLINE mma_schedule make_mma_schedule(const flashcore_attention &a, in
   s.order = order;
   s.masked = a.causal || a.window_left < FLASHCORE_UNBOUNDED || a.window_right < FLASHCORE_UNBOUNDED;
   s.align = align;
+  return s;
+}
+
+/* How a problem's rows are spread over blocks of block_q rows. */
+struct mma_spread {
+  int32_t pack, order; /* as make_mma_schedule takes them */
+  int64_t blocks;      /* per batch entry */
+};
+FLASHCORE_INLINE mma_spread make_mma_spread(const flashcore_attention &a, int32_t block_q, int32_t sm_count) {
+  const int32_t group = a.heads_q / a.heads_kv;
+  const int64_t tiles = ((int64_t)a.seq_q + block_q - 1) / block_q, packed_tiles = ((int64_t)a.seq_q * group + block_q - 1) / block_q;
+  const bool pack = packed_tiles < tiles * group && (int64_t)a.seq_q * group <= FLASHCORE_MAX_SEQ;
+  mma_spread s;
+  s.pack = pack ? group : 1;
+  s.blocks = (pack ? packed_tiles : tiles) * (a.heads_q / s.pack);
+  s.order = !a.causal ? kTileFastest : s.blocks * a.batch <= 2 * sm_count ? kZigZag : kLongestFirst;
   return s;
 }
 
@@ -1508,25 +1519,6 @@ static bool flashcore_mma_select(const flashcore_attention *a, const flashcore_d
 
 enum { FLASHCORE_MMA_ALIGN, FLASHCORE_MMA_ORDER, FLASHCORE_MMA_GENERAL }; /* plan->param */
 
-/* Rows, packing and order of the grid. */
-static flashcore_status flashcore_mma_schedule(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
-                                               flashcore_error *error) {
-  flashcore_description *d = &plan->d;
-  const int32_t group = a->heads_q / a->heads_kv;
-  const int64_t block_q = d->block_q, tiles = (a->seq_q + block_q - 1) / block_q, packed_tiles = ((int64_t)a->seq_q * group + block_q - 1) / block_q;
-  const bool pack = packed_tiles < tiles * group && (int64_t)a->seq_q * group <= FLASHCORE_MAX_SEQ;
-  d->packed_group = pack ? group : 1;
-  d->grid = (pack ? packed_tiles : tiles) * (a->heads_q / d->packed_group);
-  if (d->grid > INT32_MAX / a->batch)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", a->batch, INT32_MAX / d->grid,
-                            "batch: %d entries of %lld blocks pass the mma kernel's grid of 2^31 - 1", (int)a->batch, (long long)d->grid);
-  d->grid *= a->batch;
-  plan->param[FLASHCORE_MMA_ORDER] = !a->causal                        ? flashcore::kTileFastest
-                                     : d->grid <= 2 * device->sm_count ? flashcore::kZigZag
-                                                                       : flashcore::kLongestFirst;
-  return FLASHCORE_OK;
-}
-
 static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                            flashcore_error *error) {
   const flashcore_status status = flashcore_mma_check(a, device, error);
@@ -1543,13 +1535,16 @@ static flashcore_status flashcore_mma_plan(const flashcore_attention *a, const f
   if (!found)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", a->dtype, 0, "dtype: the mma kernel was compiled without type %d",
                             (int)a->dtype);
+  const flashcore::mma_spread spread = flashcore::make_mma_spread(*a, plan->d.block_q, device->sm_count);
   plan->d.backend = FLASHCORE_BACKEND_MMA;
   plan->d.splits = 1;
+  plan->d.packed_group = spread.pack;
   plan->param[FLASHCORE_MMA_ALIGN] = align;
+  plan->param[FLASHCORE_MMA_ORDER] = spread.order;
   plan->param[FLASHCORE_MMA_GENERAL] = general;
   snprintf(plan->d.kernel, sizeof plan->d.kernel, "mma %s d%d,%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16", (int)plan->d.head_dim_qk,
            (int)plan->d.head_dim_v, (int)plan->d.block_q, (int)plan->d.block_kv, general ? " general" : "");
-  return flashcore_mma_schedule(a, device, plan, error);
+  return flashcore_set_grid(a, spread.blocks, "mma", plan, error);
 }
 
 static flashcore_status flashcore_mma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,

@@ -1,5 +1,5 @@
-/* Demonstrates where the bytes of Q, K, P, V and O lie in the registers of the qmma kernel, how many keys its accumulators are good for, what it plans
- * and what it refuses, in which words. Needs nvcc, no GPU: the instructions are emulated after the PTX manual's description.
+/* Demonstrates where the bytes of Q, K, P, V and O lie in the registers of the qmma kernel, in fp8 and with fp16 Q, in what units bf16 Q becomes fp16, how
+ * many keys the accumulators of fp8 are good for, what is planned, and what is refused, in which words. Needs nvcc, no GPU: the instructions are emulated after the PTX manual's description.
  *   nvcc -std=c++17 -arch=compute_89 -I<repository> tests/host/test_qmma.cu */
 #define FLASHCORE_IMPLEMENTATION
 #include "flashcore_fp8.cuh"
@@ -14,6 +14,8 @@
 namespace fc = flashcore;
 template <int kDim> using wide = fc::qmma_tile_for<fc::e4m3, kDim, fc::kWide>;
 template <int kDim> using narrow = fc::qmma_tile_for<fc::e4m3, kDim, fc::kNarrow>;
+template <int kDim> using mixed_wide = fc::qmma_mixed_tile_for<fc::e5m2, kDim, fc::kWide>;
+template <int kDim> using mixed_narrow = fc::qmma_mixed_tile_for<fc::e5m2, kDim, fc::kNarrow>;
 
 /* ---- fragments ------------------------------------------------------------------------------------------------------------------ */
 
@@ -130,6 +132,113 @@ static void the_order_of_keys_is_a_permutation() {
   std::vector<int> seen(32);
   for (int i = 0; i < 32; ++i) ++seen[(size_t)fc::qmma_order::key(i)];
   CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
+}
+
+/* The same with fp16 Q. Of a product m16n8k16, what element e of register x of a lane is taken for. */
+static element_at a_operand_16(int lane, int x, int e) { return {lane / 4 + x % 2 * 8, lane % 4 * 2 + e + x / 2 * 8}; } /* row, k */
+static element_at b_operand_16(int lane, int x, int e) { return {lane % 4 * 2 + e + x * 8, lane / 4}; }                 /* k, column */
+
+/* Q as load_shared_8 reads it, K as ldmatrix does, widened: position k of step `step` means dim step * 16 + mixed_dim(k) in both. */
+template <int kDim> static void mixed_q_meets_k() {
+  using tile = fc::swizzled_tile<kDim>;
+  using tile_q = fc::swizzled_tile<2 * kDim>;
+  using order = fc::qmma_order;
+  const memory m = swizzled<kDim>(64), m_q = swizzled<2 * kDim>(64); /* of Q, two bytes make a dim */
+  for (int k = 0; k < kDim / 32; ++k)
+    for (int row0 = 0; row0 < 64; row0 += 16) {
+      uint32_t address[32];
+      for (int lane = 0; lane < 32; ++lane)
+        address[lane] = fc::qmma_along<tile>(tile::offset(row0 + lane % 8 + lane / 16 * 8, 0), 2 * k + lane / 8 % 2);
+      for (int lane = 0; lane < 32; ++lane) {
+        word fk[4];
+        ldmatrix(m, address, false, lane, fk);
+        const uint32_t q0 = tile_q::offset(row0 + lane / 4, lane % 4 / 2) + (uint32_t)(lane % 2 * 8); /* as qmma_warp::init has it */
+        for (int step = 0; step < 2; ++step) {
+          const uint32_t q = fc::qmma_along<tile_q>(q0, 2 * (2 * k + step));
+          for (int x = 0; x < 4; ++x)
+            for (int e = 0; e < 2; ++e) {
+              const element_at a = a_operand_16(lane, x, e), found = m_q[q + (uint32_t)(x % 2 * 8 * 2 * kDim + x / 2 * 4 + 2 * e)];
+              CHECK(found.row == row0 + a.row && found.col / 2 == k * 32 + step * 16 + order::mixed_dim(a.col) && found.col % 2 == 0);
+            }
+          for (int tile_of_8 = 0; tile_of_8 < 2; ++tile_of_8)
+            for (int x = 0; x < 2; ++x)
+              for (int e = 0; e < 2; ++e) { /* widen4: bytes 0, 1 and 2, 3 */
+                const element_at b = b_operand_16(lane, x, e), found = fk[2 * tile_of_8 + step].byte[2 * x + e];
+                CHECK(same(found, {row0 + tile_of_8 * 8 + b.col, k * 32 + step * 16 + order::mixed_dim(b.row)}));
+              }
+        }
+      }
+    }
+}
+static void mixed_q_and_k_agree_on_dims() {
+  mixed_q_meets_k<64>();
+  mixed_q_meets_k<128>();
+  mixed_q_meets_k<256>();
+  std::vector<int> seen(16);
+  for (int i = 0; i < 16; ++i) ++seen[(size_t)fc::qmma_order::mixed_dim(i)];
+  CHECK(std::all_of(seen.begin(), seen.end(), [](int n) { return n == 1; }));
+}
+
+/* P as packed and V as split and widened: position k of a step of 16 keys means key k in both. */
+template <int kDim> static void mixed_p_meets_v() {
+  using tile = fc::swizzled_tile<kDim>;
+  const memory m = swizzled<kDim>(32);
+  for (int c = 0; c < kDim / 16; ++c) {
+    uint32_t address[32];
+    for (int lane = 0; lane < 32; ++lane) address[lane] = fc::qmma_along<tile>(tile::offset(lane, 0), c);
+    for (int lane = 0; lane < 32; ++lane) {
+      word v[4];
+      ldmatrix(m, address, true, lane, v);
+      for (int step = 0; step < 2; ++step)
+        for (int e = 0; e < 2; ++e) {
+          for (int x = 0; x < 4; ++x) { /* word 4 step + x of P: two elements of one accumulator */
+            const int word = 4 * step + x, n = word / 2, element = word % 2 * 2 + e;
+            const element_at a = a_operand_16(lane, x, e);
+            CHECK(fc::mma_accumulator::row(lane, element) == a.row && 8 * n + fc::mma_accumulator::col(lane, element) == 16 * step + a.col);
+          }
+          for (int parity = 0; parity < 2; ++parity)
+            for (int x = 0; x < 2; ++x) {
+              const word w = prmt(v[2 * step], v[2 * step + 1], parity ? fc::kQmmaOddDims : fc::kQmmaEvenDims);
+              const element_at b = b_operand_16(lane, x, e);
+              CHECK(same(w.byte[2 * x + e], {16 * step + b.row, 16 * c + fc::qmma_order::dim(b.col, parity)}));
+            }
+        }
+    }
+  }
+}
+static void mixed_p_and_v_agree_on_keys_and_dims() {
+  mixed_p_meets_v<64>();
+  mixed_p_meets_v<128>();
+  mixed_p_meets_v<256>();
+}
+
+static void e5m2_is_the_upper_byte_of_f16() {
+  const word x = {{{0, 0}, {0, 1}, {0, 2}, {0, 3}}}, zero = {{{1, 0}, {1, 0}, {1, 0}, {1, 0}}};
+  for (int n = 0; n < 2; ++n) {
+    const word halves = prmt(x, zero, n ? fc::kQmmaHighHalves : fc::kQmmaLowHalves);
+    for (int i = 0; i < 2; ++i) CHECK(halves.byte[2 * i].row == 1 && same(halves.byte[2 * i + 1], {0, 2 * n + i}));
+  }
+  for (uint32_t b = 0; b < 256; ++b) {
+    const double as_f16 = flashcore_decode(FLASHCORE_F16, b << 8), as_fp8 = flashcore_decode(FLASHCORE_E5M2, b);
+    CHECK(as_f16 == as_fp8 || (as_f16 != as_f16 && as_fp8 != as_fp8));
+  }
+}
+
+/* Every exponent of bf16, and its largest mantissa: what scales a row and what undoes it are finite and inverse; every element of at least 2^-29 of the
+ * row's largest becomes the same number in fp16, and smaller ones are off by 2^-39 of the largest at most. */
+static void bf16_rows_fit_f16_in_their_units() {
+  for (uint32_t bits = 1; bits < 0x7f80; bits += bits % 0x80 == 0 ? 0x7f : 1) {
+    const float largest = (float)flashcore_decode(FLASHCORE_BF16, bits);
+    const fc::qmma_unit u = fc::qmma_unit_of(largest);
+    if (!CHECK(u.unit * u.inverse == 1.f && largest * u.inverse < 32768.f && (largest * u.inverse >= 16384.f || bits < 15 << 7))) return;
+    for (uint32_t down = 0; down < 45 && down << 7 < bits; ++down) {
+      const float x = (float)flashcore_decode(FLASHCORE_BF16, bits - (down << 7));
+      const double f16 = flashcore_decode(FLASHCORE_F16, flashcore_encode(FLASHCORE_F16, x * u.inverse)) * u.unit;
+      if (!CHECK(down <= 29 && bits >= 15 << 7 ? f16 == x : fabs(f16 - x) <= ldexp(largest, -39))) return;
+    }
+  }
+  const fc::qmma_unit zero = fc::qmma_unit_of(0.f), infinity = fc::qmma_unit_of(INFINITY);
+  CHECK(zero.unit * zero.inverse == 1.f && infinity.unit * infinity.inverse == 1.f);
 }
 
 /* qmma_warp::store: 32 dims of a row in four lanes, each with four words; after the exchange each lane holds 8 dims in order, at its column. */
@@ -275,23 +384,37 @@ static void as_many_blocks_as_registers_allow_fit_the_shared_memory_of_an_l4() {
   CHECK(fits<narrow<64>>(narrow<64>::kBlocksPerSm));
   CHECK(fits<narrow<128>>(narrow<128>::kBlocksPerSm));
   CHECK(fits<narrow<256>>(narrow<256>::kBlocksPerSm));
+  CHECK(fits<mixed_wide<64>>(mixed_wide<64>::kBlocksPerSm));
+  CHECK(fits<mixed_wide<128>>(mixed_wide<128>::kBlocksPerSm));
+  CHECK(fits<mixed_wide<256>>(mixed_wide<256>::kBlocksPerSm));
+  CHECK(fits<mixed_narrow<64>>(mixed_narrow<64>::kBlocksPerSm));
+  CHECK(fits<mixed_narrow<128>>(mixed_narrow<128>::kBlocksPerSm));
+  CHECK(fits<mixed_narrow<256>>(mixed_narrow<256>::kBlocksPerSm));
 }
 
 static void plans_name_the_kernel_and_its_tile() {
   const struct {
-    int dim, seq, heads, dtype, softcap;
+    int dim, seq, heads, dtype, dtype_kv, softcap;
     const char *kernel;
   } cases[] = {
-      {64, 4096, 32, FLASHCORE_E4M3, 0, "qmma e4m3 d64 q128 kv64"},          {16, 100, 2, FLASHCORE_E5M2, 0, "qmma e5m2 d64 q64 kv64"},
-      {128, 4096, 16, FLASHCORE_E5M2, 0, "qmma e5m2 d128 q128 kv64"},        {80, 100, 2, FLASHCORE_E4M3, 0, "qmma e4m3 d128 q64 kv64"},
-      {256, 4096, 8, FLASHCORE_E4M3, 0, "qmma e4m3 d256 q128 kv64"},         {144, 100, 2, FLASHCORE_E4M3, 0, "qmma e4m3 d256 q64 kv32"},
-      {128, 4096, 16, FLASHCORE_E4M3, 1, "qmma e4m3 d128 q64 kv64 general"},
+      {64, 4096, 32, FLASHCORE_E4M3, 0, 0, "qmma e4m3 d64 q128 kv64"},
+      {16, 100, 2, FLASHCORE_E5M2, 0, 0, "qmma e5m2 d64 q64 kv64"},
+      {128, 4096, 16, FLASHCORE_E5M2, 0, 0, "qmma e5m2 d128 q128 kv64"},
+      {80, 100, 2, FLASHCORE_E4M3, 0, 0, "qmma e4m3 d128 q64 kv64"},
+      {256, 4096, 8, FLASHCORE_E4M3, 0, 0, "qmma e4m3 d256 q128 kv64"},
+      {144, 100, 2, FLASHCORE_E4M3, 0, 0, "qmma e4m3 d256 q64 kv32"},
+      {128, 4096, 16, FLASHCORE_E4M3, 0, 1, "qmma e4m3 d128 q64 kv64 general"},
+      {64, 4096, 32, FLASHCORE_F16, FLASHCORE_E4M3, 0, "qmma f16/e4m3 d64 q128 kv64"},
+      {128, 4096, 16, FLASHCORE_BF16, FLASHCORE_E5M2, 0, "qmma bf16/e5m2 d128 q128 kv32"},
+      {80, 100, 2, FLASHCORE_F16, FLASHCORE_E5M2, 0, "qmma f16/e5m2 d128 q64 kv64"},
+      {256, 4096, 8, FLASHCORE_BF16, FLASHCORE_E4M3, 0, "qmma bf16/e4m3 d256 q128 kv32"},
+      {256, 100, 2, FLASHCORE_F16, FLASHCORE_E4M3, 1, "qmma f16/e4m3 d256 q64 kv32 general"},
   };
   for (const auto &x : cases) {
     flashcore_attention a = fp8(x.dim, x.seq, x.heads);
     flashcore_plan plan = {};
     flashcore_error error = {};
-    a.dtype = x.dtype, a.softcap = (float)x.softcap;
+    a.dtype = x.dtype, a.dtype_kv = x.dtype_kv, a.softcap = (float)x.softcap;
     if (!CHECK(plan_on(89, a, FLASHCORE_BACKEND_QMMA, &plan, &error) == FLASHCORE_OK)) printf("  %s\n", error.message);
     if (!CHECK(!strcmp(plan.d.kernel, x.kernel))) printf("  %s, not %s\n", plan.d.kernel, x.kernel);
     CHECK(plan.kernel && plan.d.backend == FLASHCORE_BACKEND_QMMA && plan.d.shared_bytes <= 98 * 1024);
@@ -310,6 +433,15 @@ static void any_16_byte_strides_are_served() {
   flashcore_attention a = fp8(64, 100);
   flashcore_plan plan;
   a.k.stride_s = a.v.stride_s = -128, a.q.stride_b = 0, a.k.stride_h = (int64_t)1 << 40, a.o.stride_h = 72, a.o.stride_s = 2 * 72;
+  CHECK(plan_on(89, a, FLASHCORE_BACKEND_QMMA, &plan, nullptr) == FLASHCORE_OK);
+}
+
+static void types(flashcore_attention &a, int32_t q, int32_t kv, int32_t o) { a.dtype = q, a.dtype_kv = kv, a.dtype_o = o; }
+static void mixed_rows_of_q_may_be_8_elements_apart() {
+  flashcore_attention a = fp8(64, 100);
+  flashcore_plan plan;
+  types(a, FLASHCORE_BF16, FLASHCORE_E4M3, 0);
+  a.q.stride_h = 72, a.q.stride_s = 2 * 72;
   CHECK(plan_on(89, a, FLASHCORE_BACKEND_QMMA, &plan, nullptr) == FLASHCORE_OK);
 }
 
@@ -338,6 +470,24 @@ static const refusal refusals[] = {
     {"stride of O", [](flashcore_attention &a) { a.o.stride_s += 4; }, 89, FLASHCORE_UNSUPPORTED_FEATURE, "o", 2 * 64 + 4, 8},
     {"rows far apart", [](flashcore_attention &a) { a.k.stride_s = (int64_t)1 << 31; }, 89, FLASHCORE_UNSUPPORTED_FEATURE, "k", (int64_t)1 << 31,
      INT32_MAX},
+    {"fp32 beside fp8", [](flashcore_attention &a) { types(a, FLASHCORE_F32, FLASHCORE_E4M3, FLASHCORE_F16); }, 89, FLASHCORE_UNSUPPORTED_DTYPE,
+     "dtype", FLASHCORE_F32, FLASHCORE_E4M3},
+    {"fp16 beside bf16", [](flashcore_attention &a) { types(a, FLASHCORE_F16, FLASHCORE_BF16, 0); }, 89, FLASHCORE_UNSUPPORTED_DTYPE, "dtype",
+     FLASHCORE_F16, FLASHCORE_E4M3},
+    {"mixed, O of fp32", [](flashcore_attention &a) { types(a, FLASHCORE_F16, FLASHCORE_E4M3, FLASHCORE_F32); }, 89, FLASHCORE_UNSUPPORTED_DTYPE,
+     "dtype_o", FLASHCORE_F32, FLASHCORE_BF16},
+    {"mixed, stride of Q",
+     [](flashcore_attention &a) {
+       types(a, FLASHCORE_F16, FLASHCORE_E4M3, 0);
+       a.q.stride_s += 4;
+     },
+     89, FLASHCORE_UNSUPPORTED_FEATURE, "q", 2 * 64 + 4, 8},
+    {"mixed, rows of Q far apart",
+     [](flashcore_attention &a) {
+       types(a, FLASHCORE_F16, FLASHCORE_E4M3, 0);
+       a.q.stride_s = (int64_t)1 << 30;
+     },
+     89, FLASHCORE_UNSUPPORTED_FEATURE, "q", (int64_t)1 << 30, INT32_MAX / 2},
     {"a grid too large",
      [](flashcore_attention &a) {
        a.batch = 1 << 20, a.heads_q = a.heads_kv = 1 << 10;
@@ -349,10 +499,38 @@ static void refusals_name_the_field_and_the_kernel() {
   for (const refusal &x : refusals) check_refusal(x, fp8(64, 129), FLASHCORE_BACKEND_QMMA);
 }
 
+/* What AUTO answers on a GPU with an L4's memory. */
+static flashcore_status auto_on(int32_t arch, const flashcore_attention &a, flashcore_plan *plan, flashcore_error *error) {
+  const flashcore_device device = {0, arch, 58, 100 * 1024};
+  const flashcore_backend_ops *ops;
+  flashcore_attention resolved;
+  flashcore_resolve(&a, &resolved);
+  return flashcore_plan_auto(&resolved, &device, plan, &ops, error);
+}
+static void auto_finds_it_and_refuses_in_its_words() {
+  flashcore_attention a = fp8(64, 129);
+  flashcore_plan plan;
+  flashcore_error error = {};
+  for (const int32_t q : {FLASHCORE_E4M3, FLASHCORE_F16, FLASHCORE_BF16}) {
+    types(a, q, FLASHCORE_E4M3, 0);
+    CHECK(auto_on(89, a, &plan, &error) == FLASHCORE_OK && plan.d.backend == FLASHCORE_BACKEND_QMMA);
+    CHECK(auto_on(80, a, &plan, &error) == FLASHCORE_UNSUPPORTED_ARCH && error.limit == 89 && strstr(error.message, "the qmma kernel"));
+    a.k.stride_s += 8;
+    CHECK(auto_on(89, a, &plan, &error) == FLASHCORE_UNSUPPORTED_FEATURE && !strcmp(error.field, "k") && strstr(error.message, "the qmma kernel"));
+    a.k.stride_s -= 8;
+  }
+  types(a, FLASHCORE_F32, FLASHCORE_E4M3, FLASHCORE_F16); /* no backend's types: the words are SIMT's */
+  CHECK(auto_on(89, a, &plan, &error) == FLASHCORE_UNSUPPORTED_DTYPE && !strcmp(error.field, "dtype_kv") && strstr(error.message, "the simt kernel"));
+}
+
 int main() {
   RUN(operands_of_s_lie_where_the_product_wants_them);
   RUN(p_and_v_agree_on_keys_and_dims);
   RUN(the_order_of_keys_is_a_permutation);
+  RUN(mixed_q_and_k_agree_on_dims);
+  RUN(mixed_p_and_v_agree_on_keys_and_dims);
+  RUN(e5m2_is_the_upper_byte_of_f16);
+  RUN(bf16_rows_fit_f16_in_their_units);
   RUN(stores_are_16_bytes_of_dims_in_order);
   RUN(model_of_14_bits_repeats_what_was_measured);
   RUN(every_tile_promotes_often_enough_even_with_12_bits);
@@ -361,6 +539,8 @@ int main() {
   RUN(plans_name_the_kernel_and_its_tile);
   RUN(heads_of_a_group_share_a_tile);
   RUN(any_16_byte_strides_are_served);
+  RUN(mixed_rows_of_q_may_be_8_elements_apart);
   RUN(refusals_name_the_field_and_the_kernel);
+  RUN(auto_finds_it_and_refuses_in_its_words);
   return check_end();
 }
