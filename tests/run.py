@@ -350,8 +350,8 @@ def hopper_instructions(header):
 
 
 def qmma_instructions(header):
-    """On sm_89, kernels multiply by the fp8 tensor cores' own instruction: nothing is converted to fp16. There, up to 128 dims spill nothing; limits.json
-    cannot tell sm_89 from sm_90a, which has to emulate the instruction."""
+    """On sm_89, fp8 kernels multiply by the fp8 tensor cores' own instruction: nothing is converted to fp16. Those with fp16 Q do just that. There, up to
+    128 dims spill nothing; limits.json cannot tell sm_89 from sm_90a, which has to emulate the instruction."""
     result = OBJECTS.get(header, 0, "89")
     for kernel in resources.parse(result["log"]):
         if kernel["spill_bytes"] and re.match(r"qmma_kernel<.*, (64|128), ", kernel["name"]):
@@ -359,9 +359,11 @@ def qmma_instructions(header):
     functions = re.split(r"^\s*Function : ", sh(["cuobjdump", "-sass", result["object"]]), flags=re.M)[1:]
     kernels = [f for f in functions if "qmma_kernel" in f.split("\n", 1)[0]]
     for kernel in kernels:
-        count = len(re.findall(r"\bQMMA\.16832\.F32\.E[45]M[23]\.E[45]M[23]\b", kernel))
-        if count < 32 or re.search(r"\bHMMA\b|\bF2FP\.F16\.E[45]M[23]", kernel):
-            raise Failure(f"{kernel[:120]}: {count} QMMA, and conversions to fp16" if count >= 32 else f"{kernel[:120]}: {count} QMMA")
+        fp8 = len(re.findall(r"\bQMMA\.16832\.F32\.E[45]M[23]\.E[45]M[23]\b", kernel))
+        fp16, converted = len(re.findall(r"\bHMMA\.16816\.F32\b", kernel)), len(re.findall(r"\bF2FP\.F16\.E4M3\b", kernel))
+        mixed = "qmma_mixed_tile_for" in kernel.split("\n", 1)[0]
+        if (fp8 > 0 or fp16 < 64) if mixed else (fp8 < 32 or fp16 + converted > 0):
+            raise Failure(f"{kernel[:120]}: {fp8} QMMA, {fp16} HMMA, {converted} conversions to fp16")
     if not kernels:
         raise Failure("no kernel found")
     return f"{len(kernels)} kernels"

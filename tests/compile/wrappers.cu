@@ -127,6 +127,11 @@ static __device__ void keep_fp8(const void **table, int &count) {
   keep(table, count, &fc::qmma_min);
   keep(table, count, &fc::qmma_split_dims);
   keep(table, count, &fc::qmma_pack_p);
+  keep(table, count, &fc::load_shared_8);
+  keep(table, count, &fc::load_shared_16);
+  keep(table, count, &fc::store_shared_16);
+  keep(table, count, &fc::widen4<fc::e4m3>);
+  keep(table, count, &fc::widen4<fc::e5m2>);
 #endif
 #if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
   keep(table, count, &fc::wgmma<fc::e4m3, 64>::ss);

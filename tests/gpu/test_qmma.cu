@@ -1,9 +1,10 @@
-/* What fp8 attention on mma.sync must be, property by property, for both types and every tile of the qmma backend, against the CPU reference in fp64.
+/* What attention with fp8 K and V on mma.sync must be, property by property, for all types of Q and every tile of the qmma backend, against the CPU
+ * reference in fp64.
  * It stands alone: the tiles that the dispatcher would not pick on this GPU, or for so small a problem, are planned as for a chip of another size.
  *   nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -I<repository> tests/gpu/test_qmma.cu
  *
  * Memory is hostile: inputs lie between NaN, in gaps, tails and guard bands alike, and O and LSE, filled with one pattern, must keep it wherever they
- * are not due. On sm_90 the instruction is made of 16-bit products, so there this shows layout, masks and rounding of P, not the accumulator. */
+ * are not due. On sm_90 fp8's instruction is made of 16-bit products, so there this shows layout, masks and rounding of P, not the accumulator. */
 #define FLASHCORE_IMPLEMENTATION
 #include "flashcore_fp8.cuh"
 
@@ -29,17 +30,22 @@ enum Rules { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, SINK = 16 }; /* the las
 enum Layout { DENSE, PADDED, BACKWARDS };
 
 struct Case {
-  int dtype = FLASHCORE_E4M3, dtype_o = 0, batch = 1, heads_q = 2, heads_kv = 1, seq_q = 64, seq_kv = 64, dim_qk = 64, dim_v = 64;
+  int dtype = FLASHCORE_E4M3, dtype_kv = FLASHCORE_E4M3, dtype_o = 0, batch = 1, heads_q = 2, heads_kv = 1, seq_q = 64, seq_kv = 64, dim_qk = 64,
+      dim_v = 64;
   int causal = 0, left = -1, right = -1; /* a window where one of the two is not -1 */
   int rules = 0, lengths = 0, layout = DENSE, data = DATA_NORMAL;
-  int descale = 1, lse = 1; /* descale: 0 none, 2 NaN for the first head's Q; lse: 0 not wanted, 1 natural, 2 base 2 */
+  int descale = 1, lse = 1; /* lse: 0 not wanted, 1 natural, 2 base 2 */
 };
+/* NaN or negative: that of the first head of Q, or of K where Q is not fp8. */
+enum Descales { NO_DESCALES, DESCALES, NAN_DESCALE, NEGATIVE_DESCALE, NAN_DESCALE_OF_V };
+
+static bool is_mixed(const Case &c) { return c.dtype != c.dtype_kv; }
 
 static std::string to_string(const Case &c) {
-  return format(
-      "dtype %d, O %d, batch %d, heads %d/%d, seq %d/%d, dims %d/%d, causal %d, window %d %d, rules %d, lengths %d, layout %d, data %d, lse %d",
-      c.dtype, c.dtype_o, c.batch, c.heads_q, c.heads_kv, c.seq_q, c.seq_kv, c.dim_qk, c.dim_v, c.causal, c.left, c.right, c.rules, c.lengths,
-      c.layout, c.data, c.lse);
+  return format("dtype %d, KV %d, O %d, batch %d, heads %d/%d, seq %d/%d, dims %d/%d, causal %d, window %d %d, rules %d, lengths %d, layout %d, data "
+                "%d, lse %d",
+                c.dtype, c.dtype_kv, c.dtype_o, c.batch, c.heads_q, c.heads_kv, c.seq_q, c.seq_kv, c.dim_qk, c.dim_v, c.causal, c.left, c.right,
+                c.rules, c.lengths, c.layout, c.data, c.lse);
 }
 
 /* Bytes on both sides, with a guard band before and behind. */
@@ -99,7 +105,8 @@ public:
     const std::string why = judge();
     if (!why.empty()) return why;
     if (flashcore_describe(&device, -1, &d, &error) != FLASHCORE_OK) return error.message;
-    return d.backend == FLASHCORE_BACKEND_QMMA && !strncmp(d.kernel, "qmma e", 6) ? "" : std::string("described as ") + d.kernel;
+    const char *const name = !is_mixed(c) ? "qmma e" : c.dtype == FLASHCORE_F16 ? "qmma f16/e" : "qmma bf16/e";
+    return d.backend == FLASHCORE_BACKEND_QMMA && !strncmp(d.kernel, name, strlen(name)) ? "" : std::string("described as ") + d.kernel;
   }
 
 private:
@@ -123,10 +130,11 @@ private:
     const Pair<T> p = add(values);
     host.*field = p.host, device.*field = p.device;
   }
-  void add_descale(flashcore_descale flashcore_attention::*field, int heads, bool first_is_nan) {
+  /* spoiled: whether the first is what c.descale says. */
+  void add_descale(flashcore_descale flashcore_attention::*field, int heads, bool spoiled) {
     std::vector<float> values((size_t)(c.batch * heads));
     for (float &x : values) x = 0.5f + (float)(random() % 100) / 100.f;
-    if (first_is_nan) values[0] = NAN;
+    if (spoiled) values[0] = c.descale == NEGATIVE_DESCALE ? -1.f : NAN;
     const Pair<float> p = add(values);
     host.*field = {p.host, heads, 1};
     device.*field = {p.device, heads, 1};
@@ -135,7 +143,7 @@ private:
   void set_sizes() {
     flashcore_attention a;
     flashcore_init(&a);
-    a.dtype = c.dtype, a.batch = c.batch, a.heads_q = c.heads_q, a.heads_kv = c.heads_kv;
+    a.dtype = c.dtype, a.dtype_kv = c.dtype_kv, a.batch = c.batch, a.heads_q = c.heads_q, a.heads_kv = c.heads_kv;
     a.seq_q = c.seq_q, a.seq_kv = c.seq_kv, a.dim_qk = c.dim_qk, a.dim_v = c.dim_v;
     a.causal = c.causal, a.window = c.left != -1 || c.right != -1, a.window_left = c.left, a.window_right = c.right;
     a.softcap = c.rules & SOFTCAP ? 2.f : 0.f, a.lse_base2 = c.lse == 2;
@@ -195,7 +203,7 @@ private:
     if (role == 2) return c.data == DATA_SAME_SIGN ? fabsf(x) + 0.5f : x;
     if (c.data == DATA_PEAKED) return 3.f * x;
     if (c.data == DATA_RAMP && d == 0) return role == 0 ? 8.f : (float)row / 16.f;
-    if (c.data == DATA_EQUAL) return role == 0 ? ldexpf(1.f, row % 8 + 1) : c.dtype == FLASHCORE_E4M3 ? 448.f : 57344.f;
+    if (c.data == DATA_EQUAL) return role == 0 ? ldexpf(1.f, row % 8 + 1) : c.dtype_kv == FLASHCORE_E4M3 ? 448.f : 57344.f;
     if (c.data == DATA_NAN_ROW && role == 0 && b == 0 && row == len_q[0] / 2) return NAN;
     return x;
   }
@@ -203,23 +211,25 @@ private:
     using Field = flashcore_tensor flashcore_attention::*;
     const Field fields[3] = {&flashcore_attention::q, &flashcore_attention::k, &flashcore_attention::v};
     for (int role = 0; role < 3; ++role) {
-      const int heads = role == 0 ? c.heads_q : c.heads_kv, dim = role == 2 ? c.dim_v : c.dim_qk;
+      const int heads = role == 0 ? c.heads_q : c.heads_kv, dim = role == 2 ? c.dim_v : c.dim_qk, dtype = role == 0 ? c.dtype : c.dtype_kv;
+      const size_t bytes = (size_t)flashcore_dtype_bytes(dtype);
       flashcore_tensor t = {};
       int64_t origin;
-      buffers.emplace_back(new Buffer(lay_out(role == 0, heads, dim, &t, &origin), 0x7f)); /* NaN in both types */
+      buffers.emplace_back(new Buffer(bytes * lay_out(role == 0, heads, dim, &t, &origin), 0xff)); /* NaN in all types */
       Buffer &b = *buffers.back();
-      t.data = b.host.data() + Buffer::kGuard + origin;
+      t.data = b.host.data() + Buffer::kGuard + bytes * (size_t)origin;
       host.*fields[role] = t;
       each_row(role == 0, t, heads, [&](int batch, int row, int, int64_t at) {
-        for (int d = 0; d < dim; ++d) flashcore_store(t.data, c.dtype, at + d, content(role, batch, row, d));
+        for (int d = 0; d < dim; ++d) flashcore_store(t.data, dtype, at + d, content(role, batch, row, d));
       });
-      t.data = b.device + Buffer::kGuard + origin;
+      t.data = b.device + Buffer::kGuard + bytes * (size_t)origin;
       device.*fields[role] = t;
     }
     if (!c.descale) return;
-    add_descale(&flashcore_attention::q_descale, c.heads_q, c.descale == 2);
-    add_descale(&flashcore_attention::k_descale, c.heads_kv, false);
-    add_descale(&flashcore_attention::v_descale, c.heads_kv, false);
+    const bool spoils_logits = c.descale == NAN_DESCALE || c.descale == NEGATIVE_DESCALE;
+    if (!is_mixed(c)) add_descale(&flashcore_attention::q_descale, c.heads_q, spoils_logits);
+    add_descale(&flashcore_attention::k_descale, c.heads_kv, is_mixed(c) && spoils_logits);
+    add_descale(&flashcore_attention::v_descale, c.heads_kv, c.descale == NAN_DESCALE_OF_V);
   }
 
   void add_rules() {
@@ -262,7 +272,7 @@ private:
     host.lse = exact_lse.data();
   }
 
-  /* The reference, and lowref: logits, P and l in fp32 against the row's maximum, P in units of 2^-8 rounded to the type, O to its own. */
+  /* The reference, and lowref: logits, P and l in fp32 against the row's maximum, P (fp8: in units of 2^-8) rounded to Q's type, O to its own. */
   void solve() {
     std::vector<float> reference(o->host.size() / 2, 0.f); /* where O's elements lie */
     host.o = device.o;
@@ -298,14 +308,15 @@ private:
     std::vector<float> sum((size_t)c.dim_v, 0.f);
     for (size_t j = 0; j < s.size(); ++j) {
       if (s[j] == -INFINITY) continue;
-      const float p = expf(s[j] - m), rounded = (float)flashcore_decode(c.dtype, flashcore_encode(c.dtype, 256.0 * p)) / 256.f;
+      const float p = expf(s[j] - m), unit = is_mixed(c) ? 1.f : 256.f;
+      const float rounded = (float)flashcore_decode(c.dtype, flashcore_encode(c.dtype, unit * p)) / unit;
       const int64_t v = r.seq.v + (r.keys.first + (int64_t)j) * a.v.stride_s + r.h_kv * a.v.stride_h;
       l += p;
-      for (int d = 0; d < c.dim_v; ++d) sum[(size_t)d] += rounded * (float)flashcore_load(a.v.data, c.dtype, v + d);
+      for (int d = 0; d < c.dim_v; ++d) sum[(size_t)d] += rounded * (float)flashcore_load(a.v.data, c.dtype_kv, v + d);
     }
     for (int d = 0; d < c.dim_v; ++d) out[d] = l == 0.f ? 0.f : round_o(sum[(size_t)d] / l * (float)r.v_scale);
   }
-  int o_type() const { return c.dtype_o ? c.dtype_o : FLASHCORE_BF16; }
+  int o_type() const { return c.dtype_o ? c.dtype_o : is_mixed(c) ? c.dtype : FLASHCORE_BF16; }
   float round_o(float x) const { return (float)flashcore_decode(o_type(), flashcore_encode(o_type(), x)); }
 
   /* Waits, compares, and fills the outputs anew. */
@@ -362,15 +373,19 @@ private:
           memcpy(&x, &found[Buffer::kGuard + 4 * index], 4);
           memset(&found[Buffer::kGuard + 4 * index], 0xff, 4);
           const float ref = exact_lse[index];
-          const bool same = x == ref || (isnan(x) && isnan(ref)) || fabs((double)x - ref) <= 2e-3 + ldexp(largest_logit, -13);
+          const double allowed = is_mixed(c) ? 2e-5 + 1e-6 * fabs(ref) : 2e-3 + ldexp(largest_logit, -13);
+          const bool same = x == ref || (isnan(x) && isnan(ref)) || fabs((double)x - ref) <= allowed;
           if (!same) return format("LSE of batch %d, head %d, row %d: %g, not %g", b, head, row, x, ref);
         }
     return "";
   }
 };
 
+static bool mixed = false; /* is Q fp16 or bf16? */
+
 /* Every case on every tile it may have. */
-static void check(const char *name, const std::vector<Case> &cases) {
+static void check(const std::string &property, const std::vector<Case> &cases) {
+  const std::string name = (mixed ? "mixed_" : "") + property;
   int failed = 0, count = 0;
   std::string why;
   for (const Case &c : cases) {
@@ -386,11 +401,15 @@ static void check(const char *name, const std::vector<Case> &cases) {
   else report().ok(name, format("%d runs", count));
 }
 
-static const int kTypes[] = {FLASHCORE_E4M3, FLASHCORE_E5M2};
+/* Of Q, and of K and V; the last four are mixed. */
+static const int kTypes[][2] = {{FLASHCORE_E4M3, FLASHCORE_E4M3}, {FLASHCORE_E5M2, FLASHCORE_E5M2}, {FLASHCORE_F16, FLASHCORE_E4M3},
+                                {FLASHCORE_BF16, FLASHCORE_E5M2}, {FLASHCORE_BF16, FLASHCORE_E4M3}, {FLASHCORE_F16, FLASHCORE_E5M2}};
+static int types() { return mixed ? 4 : 2; }
 
 static Case sized(int turn, int seq_q, int seq_kv, int dim) {
   Case c;
-  c.dtype = kTypes[turn % 2], c.seq_q = seq_q, c.seq_kv = seq_kv, c.dim_qk = c.dim_v = dim;
+  const int(&type)[2] = kTypes[mixed ? 2 + turn % 4 : turn % 2];
+  c.dtype = type[0], c.dtype_kv = type[1], c.seq_q = seq_q, c.seq_kv = seq_kv, c.dim_qk = c.dim_v = dim;
   return c;
 }
 
@@ -468,7 +487,7 @@ static void test_options() {
   for (int type : {0, (int)FLASHCORE_BF16, (int)FLASHCORE_F16})
     for (int lse = 0; lse < 3; ++lse) {
       outputs.push_back(sized(turn++, 67, 131, 128));
-      outputs.back().dtype_o = type, outputs.back().lse = lse, outputs.back().descale = lse;
+      outputs.back().dtype_o = type, outputs.back().lse = lse, outputs.back().descale = lse ? DESCALES : NO_DESCALES;
     }
   check("output_types_lse_and_descales", outputs);
 }
@@ -478,21 +497,30 @@ static void test_data() {
   int turn = 0;
   for (int data : {DATA_PEAKED, DATA_RAMP, DATA_EQUAL, DATA_NAN_ROW, DATA_SAME_SIGN})
     for (int dim : {64, 128, 256})
-      for (int dtype : kTypes) {
-        hard.push_back(sized(turn++, 66, 333, dim));
-        hard.back().dtype = dtype, hard.back().data = data, hard.back().descale = data != DATA_EQUAL;
+      for (int n = 0; n < types(); ++n) {
+        hard.push_back(sized(n, 66, 333, dim));
+        hard.back().data = data, hard.back().descale = data != DATA_EQUAL;
       }
   check("peaked_rising_equal_and_nan_rows", hard);
   std::vector<Case> scales;
-  for (int seq_q : {5, 70}) { /* 5: both heads in one tile */
-    scales.push_back(sized(turn++, seq_q, 100, 128));
-    scales.back().descale = 2, scales.back().causal = 2;
+  for (int descale : {(int)NAN_DESCALE, (int)NEGATIVE_DESCALE, (int)NAN_DESCALE_OF_V})
+    for (int rules : {0, (int)SOFTCAP})
+      for (int seq_q : {5, 70}) { /* 5: heads of a group in one tile */
+        scales.push_back(sized(turn++, seq_q, 100, 128));
+        scales.back().descale = descale, scales.back().rules = rules, scales.back().causal = 2;
+        scales.back().heads_q = 4, scales.back().heads_kv = 2;
+      }
+  check("nan_or_negative_descale_spoils_its_head_only", scales);
+  std::vector<Case> empty;
+  for (int dim : {64, 128, 256}) {
+    empty.push_back(sized(turn++, 200, 67, dim)); /* rows at the top see nothing */
+    empty.back().descale = NAN_DESCALE_OF_V, empty.back().causal = 1;
   }
-  check("nan_descale_spoils_its_head_only", scales);
+  check("nan_descale_of_v_leaves_rows_without_keys_alone", empty);
   for (int dim : {64, 128, 256})
-    for (int dtype : kTypes) {
-      many.push_back(sized(0, 8, 8209, dim));
-      many.back().dtype = dtype, many.back().data = DATA_SAME_SIGN, many.back().heads_q = 1;
+    for (int n = 0; n < types(); ++n) {
+      many.push_back(sized(n, 8, 8209, dim));
+      many.back().data = DATA_SAME_SIGN, many.back().heads_q = 1;
     }
   check("many_keys_of_one_sign", many);
 }
@@ -501,9 +529,12 @@ int main() {
   cudaDeviceProp properties;
   CUDA_OK(cudaGetDeviceProperties(&properties, 0));
   printf("# %s, sm_%d%d\n", properties.name, properties.major, properties.minor);
-  test_shapes();
-  test_masks();
-  test_options();
-  test_data();
+  for (const bool with_16_bits : {false, true}) {
+    mixed = with_16_bits;
+    test_shapes();
+    test_masks();
+    test_options();
+    test_data();
+  }
   return report().finish();
 }
