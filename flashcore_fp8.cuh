@@ -44,7 +44,9 @@
  * Mixed, which is fp16 or bf16 Q beside fp8 K and V (a cache), is exact where fp8 is not: mma.sync gets K and V as fp16, which holds them all, and P as
  * fp16. bf16 Q becomes fp16 too, each row in units of a power of two, so that one kernel serves both.
  *
- * Barrier ledger. mma.sync: as in flashcore_wmma.cuh, two stages. wgmma: beside that of flashcore_wgmma.cuh, where the producer is the planner too:
+ * Barrier ledger. mma.sync: as in flashcore_wmma.cuh, two stages; where warps share rows, __syncthreads before bf16 Q is changed and after, and at the
+ * end, when K and V were read and when each warp's part of O lies where they were.
+ * wgmma: beside that of flashcore_wgmma.cuh, where the producer is the planner too:
  *   barrier               arrivals per phase         who waits           parity in round i   what it hands over
  *   raw_full[st]          the producer + its bytes   the transposers     i & 1               a block of V has landed
  *   raw_free[st]          1 per transposing warp     the producer        (i & 1) ^ 1         it was read
@@ -559,16 +561,19 @@ template <typename T> struct qmma_products<__half, T> {
 /* TQ: of Q, T or __half (then P is fp16, too, and Q may come as bf16); T: of K and V; kHeadDim: of all of them, smaller ones are zero-padded to it
  * kRowTiles: 16-row query tiles per warp      kRowWarps: warps, each with rows of its own     kBlockKv: keys per shared-memory stage
  * kStep: keys per softmax step, and per sum of fp8 products that is added to O in fp32        kBlocksPerSm: what the register cap is made for
+ * kKeyWarps: warps that share rows, and take the steps of a stage in turn
  * The names are those of mma_tile, whose ring, loaders, schedule and masks serve here too. */
-template <typename TQ_, typename T_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kBlockKv_, int kStep_, mma_q_source kQ_, int kBlocksPerSm_>
+template <typename TQ_, typename T_, int kHeadDim_, int kRowTiles_, int kRowWarps_, int kBlockKv_, int kStep_, mma_q_source kQ_, int kBlocksPerSm_,
+          int kKeyWarps_ = 1>
 struct qmma_tile {
   using TQ = TQ_;
   using T = T_;
   static constexpr int kHeadDimQk = kHeadDim_, kHeadDimV = kHeadDim_, kRowTiles = kRowTiles_, kRowWarps = kRowWarps_;
   static constexpr int kColumnWarps = 1, kBlockKv = kBlockKv_, kStep = kStep_, kStages = 2, kBlocksPerSm = kBlocksPerSm_;
   static constexpr mma_q_source kQ = kQ_;
+  static constexpr int kKeyWarps = kKeyWarps_;
 
-  static constexpr int kThreads = kRowWarps * 32, kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps, kColumns = kHeadDimV;
+  static constexpr int kThreads = kRowWarps * kKeyWarps * 32, kWarpRows = kRowTiles * 16, kBlockQ = kWarpRows * kRowWarps, kColumns = kHeadDimV;
   static constexpr bool kLoose = false, kMixed = sizeof(TQ) == 2;
   static constexpr int kRowBytesQ = kHeadDimQk * (int)sizeof(TQ), kRowBytesQk = kHeadDimQk, kRowBytesV = kHeadDimV; /* kRowBytesQk: of K */
 
@@ -583,7 +588,12 @@ struct qmma_tile {
   static_assert(kBlockKv % kStep == 0 && kStep % 32 == 0, "softmax steps tile the stage, products of P are 32 keys deep");
   static_assert(kStep <= 256, "the accumulators of fp8 products are good for so many keys: tests/host/test_qmma.cu");
   static_assert(kQ != kQRegistersReuse, "Q has shared memory of its own");
-  static_assert(kSharedBytes + kRowWarps * 128 + 32 <= 99 * 1024, "with mma_shared, fits the L4");
+  static_assert(kSharedBytes + kThreads / 32 * 128 + 32 <= 99 * 1024, "with mma_shared, fits the L4");
+
+  /* Where warps share rows, all but the first leave m, l and O of theirs where K and V were: 16 bytes of every lane at a time. */
+  static constexpr int kBytesPart = kRowTiles * (1 + kHeadDimV / 8) * 512;
+  static_assert((kKeyWarps - 1) * kBytesPart <= kStages * (kBytesK + kBytesV), "they fit there");
+  static_assert(kKeyWarps == 1 || (kRowWarps == 1 && kBlockKv % (kStep * kKeyWarps) == 0), "a share of each stage for every warp");
 };
 
 /* The tiles in use. wide: throughput. narrow: grids that do not fill the chip with wide tiles, and score rules, which want registers. */
@@ -601,16 +611,21 @@ FLASHCORE_QMMA_TILE(128, kNarrow, 1, 4, 64, 64, kQRegisters, 2);
 FLASHCORE_QMMA_TILE(256, kWide, 1, 8, 64, 64, kQRegisters, 1);
 FLASHCORE_QMMA_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 2);
 
-/* The same with fp16 Q. Its rows are twice as long, so that at 128 dims a wide tile has stages of half as many keys, for two blocks on an L4's SM. */
+/* The same with fp16 Q, and short: up to 16 rows, as a query has in a group of heads, so that keys are all there is to share out among warps.
+ * Rows of Q are twice as long here: at 128 dims a wide tile has stages of half as many keys, for two blocks on an L4's SM.
+ *                         dim         row tiles, row warps, keys, step, Q, blocks per SM, key warps */
 template <typename T, int kHeadDim, mma_shape kShape> struct qmma_mixed_tile_for;
 #define FLASHCORE_QMMA_MIXED_TILE(dim, shape, ...)                                                                                                   \
   template <typename T> struct qmma_mixed_tile_for<T, dim, shape> : qmma_tile<__half, T, dim, __VA_ARGS__> {}
 FLASHCORE_QMMA_MIXED_TILE(64, kWide, 2, 4, 64, 64, kQRegisters, 2);
 FLASHCORE_QMMA_MIXED_TILE(64, kNarrow, 1, 4, 64, 64, kQRegisters, 3);
+FLASHCORE_QMMA_MIXED_TILE(64, kShort, 1, 1, 256, 64, kQRegisters, 1, 4);
 FLASHCORE_QMMA_MIXED_TILE(128, kWide, 2, 4, 32, 32, kQShared, 2);
 FLASHCORE_QMMA_MIXED_TILE(128, kNarrow, 1, 4, 64, 64, kQRegisters, 2);
+FLASHCORE_QMMA_MIXED_TILE(128, kShort, 1, 1, 128, 32, kQRegisters, 1, 4);
 FLASHCORE_QMMA_MIXED_TILE(256, kWide, 1, 8, 32, 32, kQRegisters, 1);
 FLASHCORE_QMMA_MIXED_TILE(256, kNarrow, 1, 4, 32, 32, kQRegisters, 1);
+FLASHCORE_QMMA_MIXED_TILE(256, kShort, 1, 1, 64, 32, kQRegisters, 1, 2);
 
 /* ================================================================================================================================
  * 5  mma.sync: one warp's rows
@@ -629,6 +644,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
   static constexpr int kDepthQk = Tile::kHeadDimQk / 32, kTilesS = kStep / 8, kWords = products::kWords;
   static constexpr bool kAlwaysCaps = Tile::kHeadDimV > 128;                /* WHY: two ways to the same registers spill 900 bytes there */
   static constexpr bool kLsePays = !Tile::kMixed || Tile::kHeadDimQk > 128; /* whoever wants the LSE pays for its last bits */
+
+  static __forceinline__ __device__ int key_warp() { return threadIdx.x / 32 / Tile::kRowWarps; } /* among those that share rows */
 
   float scale[kRowTiles][2]; /* of the products of rows g, g + 8, with the descales: to log2 units; with a rule, to natural units */
 
@@ -690,8 +707,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* Q from bf16 to fp16 in shared memory, every warp its own rows, each in a unit of its own, which joins its scale. Elements more than 2^31 times
    * smaller than the row's largest lose bits, by 2^-39 of the largest at most.
-   *   callers  all 32 lanes, converged; whole quads have a row
-   *   implies  __syncwarp */
+   *   callers  all threads of the block
+   *   implies  __syncwarp, or where warps share rows barriers of the block */
   __forceinline__ __device__ void q_from_bf16(uint32_t shared, bool general) {
 #pragma unroll 1
     for (int r = 0; r < 2 * kRowTiles; ++r) {
@@ -707,7 +724,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
         }
       }
       const qmma_unit of_row = qmma_unit_of(quad_max(largest));
-      for (int c = lane() % 4; c < tile_q::kChunks; c += 4) {
+      if (Tile::kKeyWarps > 1) __syncthreads(); /* all have seen the row, one changes it */
+      for (int c = key_warp() == 0 ? lane() % 4 : tile_q::kChunks; c < tile_q::kChunks; c += 4) {
         load_shared_16(x, chunk(c));
         for (int n = 0; n < 4; ++n) {
           unpack2<__nv_bfloat16>(x[n], lo, hi);
@@ -719,7 +737,8 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
       for (int n = 0; n < 2 * kRowTiles; ++n)
         if (n == r) scale[n / 2][n % 2] = general ? scale[n / 2][n % 2] * of_row.unit : fp8_normal(scale[n / 2][n % 2] * of_row.unit);
     }
-    __syncwarp();
+    if (Tile::kKeyWarps > 1) __syncthreads();
+    else __syncwarp();
   }
   /* A's registers for 32 dims of the 16 rows of row tile i. */
   __forceinline__ __device__ void q_fragment(uint32_t (&f)[kWords], int i, int k) const {
@@ -890,12 +909,12 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* ---- the loop ---- */
 
-  /* The keys of one stage, kStep at a time; key0: the first. */
+  /* The warp's keys of one stage, kStep at a time; key0: the stage's first. */
   template <typename Rule>
   __forceinline__ __device__ void take_tile(uint32_t k_tile, uint32_t v_tile, const flashcore_attention &a, const mma_schedule &plan,
                                             const mma_work &w, int key0, const Rule &rule) {
 #pragma unroll 1
-    for (int c = 0; c < Tile::kBlockKv; c += kStep) {
+    for (int c = key_warp() * kStep; c < Tile::kBlockKv; c += Tile::kKeyWarps * kStep) {
       const int key = key0 + c;
       if (key >= w.warp_last || key + kStep <= w.warp_first) continue;
       float s[kRowTiles][kTilesS][4], factor[kRowTiles][2];
@@ -939,6 +958,53 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
   }
 
   /* ---- the end ---- */
+
+  /* Where warps share rows: the first gathers what all have, in their order.   returns  false: nothing left to do for this warp
+   *   callers  all threads of the block, after mainloop
+   *   implies  barriers of the block */
+  __forceinline__ __device__ bool gather(uint32_t shared) {
+    if constexpr (Tile::kKeyWarps == 1) return true;
+    const uint32_t parts = shared + Tile::kOffsetKv + lane() * 16;
+    __syncthreads(); /* K and V were read */
+    if (key_warp() > 0) put_part(parts + (key_warp() - 1) * Tile::kBytesPart);
+    __syncthreads();
+    if (key_warp() > 0) return false;
+#pragma unroll 1
+    for (int other = 0; other < Tile::kKeyWarps - 1; ++other) add_part(parts + other * Tile::kBytesPart);
+    return true;
+  }
+  /* m and l of row tile i, then its O, 16 bytes each. */
+  static __forceinline__ __device__ uint32_t place(uint32_t part, int i, int n) { return part + (i * (1 + kTilesO) + n) * 512; }
+  __forceinline__ __device__ void put_part(uint32_t part) const {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      put_four(place(part, i, 0), m[i][0], m[i][1], l[i][0], l[i][1]);
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n) put_four(place(part, i, 1 + n), o[i][n][0], o[i][n][1], o[i][n][2], o[i][n][3]);
+    }
+  }
+  static __forceinline__ __device__ void put_four(uint32_t address, float a, float b, float c, float d) {
+    store_shared_16(address, {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), __float_as_uint(d)});
+  }
+  __forceinline__ __device__ void add_part(uint32_t part) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      uint32_t x[4];
+      float mine[2], theirs[2];
+      load_shared_16(x, place(part, i, 0));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const softmax_state both = softmax_merge({m[i][h], l[i][h]}, {__uint_as_float(x[h]), __uint_as_float(x[2 + h])}, mine[h], theirs[h]);
+        m[i][h] = both.m, l[i][h] = both.l;
+      }
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n) {
+        load_shared_16(x, place(part, i, 1 + n));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[i][n][j] = fmaf(__uint_as_float(x[j]), theirs[j / 2], o[i][n][j] * mine[j / 2]);
+      }
+    }
+  }
 
   /* O of live rows and dims, after finish; v_scale: V's descale, which a row without keys does not feel. Of dims 16c .. 16c + 15, the even ones in one
    * accumulator and the odd ones in the next, lane t has 4t .. 4t + 3; even lanes then give what they have of odd c to the odd lane beside them, for what
@@ -988,6 +1054,7 @@ FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
   warp.load_q(a, plan, work, shared);
   warp.init(a, plan, work, block, shared, Rule::kActive);
   warp.mainloop(a, plan, block, shared, rule);
+  if (!warp.gather(shared)) return;
   warp.finish(a, plan, block.work());
   const mma_work &w = block.work();
   const float v_scale = fp8_descale(a.v_descale, w.batch, plan.group.quotient(w.head));
@@ -2179,8 +2246,14 @@ template <typename Tile, bool kGeneral> static void flashcore_qmma_use(flashcore
   plan->d.threads = Tile::kThreads;
   plan->d.shared_bytes = Tile::kSharedBytes;
 }
-template <typename wide, typename narrow>
+template <template <typename, int, flashcore::mma_shape> class TileFor, typename T, int kHeadDim>
 static void flashcore_qmma_pick(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
+  using wide = TileFor<T, kHeadDim, flashcore::kWide>;
+  using narrow = TileFor<T, kHeadDim, flashcore::kNarrow>;
+  using few = TileFor<T, kHeadDim, flashcore::kShort>;
+  if constexpr (flashcore::qgmma_has_tile<few>::value)
+    if ((int64_t)a->seq_q * (a->heads_q / a->heads_kv) <= few::kBlockQ)
+      return general ? flashcore_qmma_use<few, true>(plan) : flashcore_qmma_use<few, false>(plan);
   if (general) return flashcore_qmma_use<narrow, true>(plan);
   const int64_t rows = (int64_t)a->seq_q * a->heads_q * a->batch, enough = (int64_t)device->sm_count * wide::kBlocksPerSm * wide::kBlockQ;
   if (rows < enough) flashcore_qmma_use<narrow, false>(plan);
@@ -2189,11 +2262,10 @@ static void flashcore_qmma_pick(const flashcore_attention *a, const flashcore_de
 /* The smallest instance of a table of tiles that holds both dims, at most 256. */
 template <template <typename, int, flashcore::mma_shape> class TileFor, typename T>
 static void flashcore_qmma_select(const flashcore_attention *a, const flashcore_device *device, bool general, flashcore_plan *plan) {
-  using namespace flashcore;
   const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
-  if (dim <= 64) flashcore_qmma_pick<TileFor<T, 64, kWide>, TileFor<T, 64, kNarrow>>(a, device, general, plan);
-  else if (dim <= 128) flashcore_qmma_pick<TileFor<T, 128, kWide>, TileFor<T, 128, kNarrow>>(a, device, general, plan);
-  else flashcore_qmma_pick<TileFor<T, 256, kWide>, TileFor<T, 256, kNarrow>>(a, device, general, plan);
+  if (dim <= 64) flashcore_qmma_pick<TileFor, T, 64>(a, device, general, plan);
+  else if (dim <= 128) flashcore_qmma_pick<TileFor, T, 128>(a, device, general, plan);
+  else flashcore_qmma_pick<TileFor, T, 256>(a, device, general, plan);
 }
 /* The kernel for K and V of type T, with Q of the same type or of 16 bits; none where it was left out. One serves fp16 and bf16. */
 template <typename T>

@@ -93,7 +93,9 @@ public:
     flashcore_resolve(&device, &resolved);
     plan = flashcore_plan();
     if (flashcore_qmma_plan(&resolved, &chip, &plan, &error) != FLASHCORE_OK) return error.message;
-    if ((plan.d.block_q == 128) != (wide && !flashcore_has_rule(&resolved))) return std::string("another tile was wanted than ") + plan.d.kernel;
+    const bool is_short = is_mixed(c) && c.seq_q * (c.heads_q / c.heads_kv) <= 16;
+    if (plan.d.block_q != (is_short ? 16 : wide && !flashcore_has_rule(&resolved) ? 128 : 64))
+      return std::string("another tile was wanted than ") + plan.d.kernel;
     if (flashcore_qmma_launch(&resolved, &plan, nullptr, &error) != FLASHCORE_OK) return error.message;
     return judge();
   }
@@ -471,6 +473,16 @@ static void test_options() {
       groups.back().rules = group == 3 ? BIAS : group == 8 ? SINK : 0;
     }
   check("any_group_size", groups);
+  std::vector<Case> few;
+  for (int kv : {1, 31, 33, 64, 65, 127, 129, 255, 257, 700}) /* up to 16 rows: warps of the mixed kernel that share them get few keys or none */
+    for (int dim : {64, 128, 256})
+      for (int seq_q : {1, 8}) {
+        few.push_back(sized(turn++, seq_q, kv, dim));
+        few.back().causal = turn % 3, few.back().rules = turn % 4 == 0 ? SINK : turn % 4 == 1 ? ALIBI | MASK : 0;
+        if (turn % 5 == 0) few.back().left = 40, few.back().right = 3;
+        if (turn % 7 == 0) few.back().batch = 3, few.back().lengths = SEQLENS;
+      }
+  check("few_rows", few);
   for (int kind : {CU_SEQLENS, SEQLENS})
     for (int dim : {64, 128, 256})
       for (int causal = 0; causal < 3; ++causal) {

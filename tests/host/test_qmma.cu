@@ -16,6 +16,7 @@ template <int kDim> using wide = fc::qmma_tile_for<fc::e4m3, kDim, fc::kWide>;
 template <int kDim> using narrow = fc::qmma_tile_for<fc::e4m3, kDim, fc::kNarrow>;
 template <int kDim> using mixed_wide = fc::qmma_mixed_tile_for<fc::e5m2, kDim, fc::kWide>;
 template <int kDim> using mixed_narrow = fc::qmma_mixed_tile_for<fc::e5m2, kDim, fc::kNarrow>;
+template <int kDim> using mixed_short = fc::qmma_mixed_tile_for<fc::e5m2, kDim, fc::kShort>;
 
 /* ---- fragments ------------------------------------------------------------------------------------------------------------------ */
 
@@ -390,6 +391,9 @@ static void as_many_blocks_as_registers_allow_fit_the_shared_memory_of_an_l4() {
   CHECK(fits<mixed_narrow<64>>(mixed_narrow<64>::kBlocksPerSm));
   CHECK(fits<mixed_narrow<128>>(mixed_narrow<128>::kBlocksPerSm));
   CHECK(fits<mixed_narrow<256>>(mixed_narrow<256>::kBlocksPerSm));
+  CHECK(fits<mixed_short<64>>(mixed_short<64>::kBlocksPerSm));
+  CHECK(fits<mixed_short<128>>(mixed_short<128>::kBlocksPerSm));
+  CHECK(fits<mixed_short<256>>(mixed_short<256>::kBlocksPerSm));
 }
 
 static void plans_name_the_kernel_and_its_tile() {
@@ -409,6 +413,10 @@ static void plans_name_the_kernel_and_its_tile() {
       {80, 100, 2, FLASHCORE_F16, FLASHCORE_E5M2, 0, "qmma f16/e5m2 d128 q64 kv64"},
       {256, 4096, 8, FLASHCORE_BF16, FLASHCORE_E4M3, 0, "qmma bf16/e4m3 d256 q128 kv32"},
       {256, 100, 2, FLASHCORE_F16, FLASHCORE_E4M3, 1, "qmma f16/e4m3 d256 q64 kv32 general"},
+      {64, 16, 2, FLASHCORE_BF16, FLASHCORE_E4M3, 0, "qmma bf16/e4m3 d64 q16 kv256"},
+      {96, 1, 2, FLASHCORE_F16, FLASHCORE_E5M2, 0, "qmma f16/e5m2 d128 q16 kv128"},
+      {256, 17, 2, FLASHCORE_F16, FLASHCORE_E4M3, 0, "qmma f16/e4m3 d256 q64 kv32"},
+      {256, 16, 2, FLASHCORE_F16, FLASHCORE_E4M3, 1, "qmma f16/e4m3 d256 q16 kv64 general"},
   };
   for (const auto &x : cases) {
     flashcore_attention a = fp8(x.dim, x.seq, x.heads);
@@ -427,6 +435,9 @@ static void heads_of_a_group_share_a_tile() {
   flashcore_plan plan;
   a.heads_kv = 2;
   CHECK(plan_on(89, a, FLASHCORE_BACKEND_QMMA, &plan, nullptr) == FLASHCORE_OK && plan.d.packed_group == 8 && plan.d.grid == 2 * 2);
+  a.dtype = FLASHCORE_F16, a.dtype_kv = FLASHCORE_E4M3, a.seq_q = 2;
+  CHECK(plan_on(89, a, FLASHCORE_BACKEND_QMMA, &plan, nullptr) == FLASHCORE_OK && plan.d.packed_group == 8 && plan.d.grid == 2 * 2);
+  CHECK(plan.d.block_q == 16 && plan.d.threads == 128);
 }
 
 static void any_16_byte_strides_are_served() {
