@@ -502,10 +502,11 @@ inline bool must_serve(const Case &c, int backend) {
         c.layout == LAYOUT_SLICE)
       return false;
     if (c.page || c.splits > 1 || c.split_len) return false;
-    if (backend == FLASHCORE_BACKEND_QMMA) return device_arch() >= 89;
+    if (backend == FLASHCORE_BACKEND_QMMA || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 89;
     const bool readable = c.layout != LAYOUT_NEGATIVE && c.seq_kv > 0; /* by TMA */
     return backend == FLASHCORE_BACKEND_QGMMA && oracle::is_fp8(c.dtype) && readable && device_arch() == 90;
   }
+  if (backend == FLASHCORE_BACKEND_QMMA || backend == FLASHCORE_BACKEND_QGMMA) return false;
   if (backend == FLASHCORE_BACKEND_SIMT || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 75;
   if (c.dtype == FLASHCORE_F32 || (c.dtype_o && c.dtype_o != c.dtype)) return false;
   if (c.page || c.splits > 1 || c.split_len) return false;

@@ -65,6 +65,14 @@ static void plain(Case &c) {
   if (c.layout == LAYOUT_SLICE) c.layout = LAYOUT_BSHD;
 }
 
+/* K and V become fp8, in dims that its kernels serve. */
+static void cache_in_fp8(Dice &dice, Case &c) {
+  c.dtype_kv = dice.pick({FLASHCORE_E4M3, FLASHCORE_E5M2});
+  c.descale = dice.below(3);
+  c.dim_qk = (c.dim_qk + 15) / 16 * 16, c.dim_v = (c.dim_v + 15) / 16 * 16;
+  if (!dice.one_in(4)) c.page = c.splits = c.split_len = 0;
+}
+
 static Case random_case(uint32_t seed, bool tiny) {
   Dice dice(seed);
   Case c;
@@ -82,6 +90,7 @@ static Case random_case(uint32_t seed, bool tiny) {
   c.tile = dice.below(TILE_COUNT);
   if (c.tile != TILE_AUTO && dice.one_in(2)) plain(c);
   if (dice.one_in(25)) c.broken = dice.between(1, (int)breakages().size());
+  if (dice.one_in(4)) cache_in_fp8(dice, c);
   return c;
 }
 
@@ -111,8 +120,8 @@ static int one_case(const std::string &text) {
 }
 
 static int sweep(uint32_t seed, int count, bool tiny) {
-  static const int backends[] = {FLASHCORE_BACKEND_AUTO, FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA,
-                                 FLASHCORE_BACKEND_WGMMA};
+  static const int backends[] = {FLASHCORE_BACKEND_AUTO, FLASHCORE_BACKEND_SIMT,  FLASHCORE_BACKEND_WMMA,
+                                 FLASHCORE_BACKEND_MMA,  FLASHCORE_BACKEND_WGMMA, FLASHCORE_BACKEND_QMMA};
   int served[std::size(backends)] = {}, refused[std::size(backends)] = {};
   for (int n = 0; n < count; ++n) {
     const Case c = random_case(seed + (uint32_t)n, tiny);
