@@ -168,7 +168,7 @@ typedef enum flashcore_backend {
   FLASHCORE_BACKEND_WMMA = 2,  /* nvcuda::wmma, sm_75+ (flashcore_wmma.cuh) */
   FLASHCORE_BACKEND_MMA = 3,   /* mma.sync and cp.async, sm_80+ (flashcore_wmma.cuh) */
   FLASHCORE_BACKEND_WGMMA = 4, /* TMA and wgmma, sm_90a (flashcore_wgmma.cuh) */
-  FLASHCORE_BACKEND_QMMA = 5,  /* fp8 mma.sync, sm_89 (flashcore_fp8.cuh) */
+  FLASHCORE_BACKEND_QMMA = 5,  /* fp8 K and V, mma.sync, sm_89 (flashcore_fp8.cuh) */
   FLASHCORE_BACKEND_QGMMA = 6  /* fp8 wgmma, sm_90a (flashcore_fp8.cuh) */
 } flashcore_backend;
 
@@ -193,7 +193,7 @@ typedef struct flashcore_attention {
   size_t struct_size; /* set by flashcore_init */
 
   int32_t dtype;    /* of Q, and of K, V, O unless said otherwise */
-  int32_t dtype_kv; /* of K and V; 0: dtype */
+  int32_t dtype_kv; /* of K and V; 0: dtype; fp8 beside fp16 or bf16 Q: an fp8 cache */
   int32_t dtype_o;  /* 0: dtype (fp8: bf16) */
 
   int32_t batch, heads_q, heads_kv; /* heads_q a multiple of heads_kv; query head h reads KV head h / (heads_q / heads_kv) */
