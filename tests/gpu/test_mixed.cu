@@ -61,6 +61,8 @@ static void test_shapes() {
   for (const auto &p : unlike) {
     unequal.push_back(mixed(turn++, 1, 4, 2, 70, 131, p[0]));
     unequal.back().dim_v = p[1], unequal.back().causal = 1;
+    unequal.push_back(unequal.back()); // few rows, which warps share
+    unequal.back().seq_q = 5;
   }
   check("unequal_head_dims", unequal);
 }

@@ -452,6 +452,22 @@ static void descales_multiply_what_is_stored(void) {
   for (int i = 0; i < COUNT(lse); ++i) CHECK_NEAR((double)other_lse[i], (double)lse[i], 1e-6);
 }
 
+static void negative_or_nan_descale_gives_nan_where_a_key_is_seen(void) {
+  static const int32_t keys[kBatch] = {kSeqKv, 0};
+  static float k_fp8[COUNT(k)], v_fp8[COUNT(v)];
+  const float bad[2] = {-1.f, NAN};
+  for (int n = 0; n < 4; ++n) {
+    flashcore_attention a = problem();
+    flashcore_descale *d = n < 2 ? &a.k_descale : &a.v_descale;
+    narrow(FLASHCORE_E4M3, k, k_fp8, COUNT(k)), narrow(FLASHCORE_E4M3, v, v_fp8, COUNT(v));
+    a.k.data = k_fp8, a.v.data = v_fp8, a.dtype_kv = FLASHCORE_E4M3, a.seqlens_kv = keys;
+    d->data = &bad[n % 2];
+    forward(&a);
+    for (int i = 0; i < COUNT(o) / kBatch; ++i) CHECK(isnan(o[i]) && o[COUNT(o) / kBatch + i] == 0.f);
+    for (int i = 0; i < COUNT(lse) / kBatch; ++i) CHECK(isnan(lse[i]) == (n < 2) && lse[COUNT(lse) / kBatch + i] == -INFINITY);
+  }
+}
+
 static void backend_splits_and_workspace_do_not_matter(void) {
   flashcore_attention a = problem(), forced = twin(&a);
   forced.backend = FLASHCORE_BACKEND_QGMMA, forced.num_splits = 4;
@@ -483,6 +499,7 @@ int main(void) {
   RUN(narrow_inputs_give_what_their_values_give);
   RUN(outputs_are_rounded_to_their_type);
   RUN(descales_multiply_what_is_stored);
+  RUN(negative_or_nan_descale_gives_nan_where_a_key_is_seen);
   RUN(backend_splits_and_workspace_do_not_matter);
   return check_end();
 }
