@@ -661,15 +661,18 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
       block.work().v = static_cast<const char *>(a.v.data) + w.seq.v + kv_head * a.v.stride_h;
     }
     __syncwarp();
-    const float k_descale = fp8_descale(a.k_descale, w.batch, kv_head);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = min(row_of(w, i, h), w.rows - 1), head = w.head + row - plan.pack.quotient(row) * plan.pack.d;
-        const float qk = fp8_descale(a.q_descale, w.batch, head) * k_descale;
-        scale[i][h] = general ? a.scale * qk : fp8_normal(plan.scale_log2 * qk);
+        const float qk = descale_of(a, plan, w, i, h);
+        scale[i][h] = general ? a.scale * qk : qk >= 0.f ? fp8_normal(plan.scale_log2 * qk) : 1.f;
       }
+  }
+  /* Of Q and K, for row g + 8 h of row tile i. WHY finish, and not the scale, makes NaN of it: NaN * -inf would give a key to a row that sees none. */
+  static __forceinline__ __device__ float descale_of(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w, int i, int h) {
+    const int row = min(row_of(w, i, h), w.rows - 1), head = w.head + row - plan.pack.quotient(row) * plan.pack.d;
+    return fp8_descale(a.q_descale, w.batch, head) * fp8_descale(a.k_descale, w.batch, plan.group.quotient(w.head));
   }
 
   /* ---- loading ---- */
@@ -959,6 +962,17 @@ template <typename Tile> struct qmma_warp : mma_warp<Tile> {
 
   /* ---- the end ---- */
 
+  /* As mma_warp's; a row that saw a key feels a descale that is NaN.   callers  all 32 lanes, converged */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const mma_schedule &plan, const mma_work &w) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float sum = quad_sum(l[i][h]), qk = descale_of(a, plan, w, i, h);
+        if (sum != 0.f && isnan(qk)) l[i][h] = qk;
+      }
+    base::finish(a, plan, w);
+  }
   /* Where warps share rows: the first gathers what all have, in their order.   returns  false: nothing left to do for this warp
    *   callers  all threads of the block, after mainloop
    *   implies  barriers of the block */

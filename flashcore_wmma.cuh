@@ -1085,7 +1085,7 @@ template <typename Tile> struct mma_warp {
   /* ---- scores to probabilities ---- */
 
   /* Row index within the unit of accumulator half h (rows g, g + 8) of row tile i. */
-  __forceinline__ __device__ int row_of(const mma_work &w, int i, int h) const { return w.row0 + row0() + i * 16 + h * 8 + lane() / 4; }
+  static __forceinline__ __device__ int row_of(const mma_work &w, int i, int h) { return w.row0 + row0() + i * 16 + h * 8 + lane() / 4; }
 
   /* Edge tiles only: -inf where a row does not see a key. `key`: the step's first. */
   template <int kTiles>

@@ -524,11 +524,13 @@ static void test_data() {
       }
   check("nan_or_negative_descale_spoils_its_head_only", scales);
   std::vector<Case> empty;
-  for (int dim : {64, 128, 256}) {
-    empty.push_back(sized(turn++, 200, 67, dim)); /* rows at the top see nothing */
-    empty.back().descale = NAN_DESCALE_OF_V, empty.back().causal = 1;
-  }
-  check("nan_descale_of_v_leaves_rows_without_keys_alone", empty);
+  for (int descale : {(int)NAN_DESCALE, (int)NEGATIVE_DESCALE, (int)NAN_DESCALE_OF_V})
+    for (int dim : {64, 128, 256})
+      for (int seq_q : {8, 200}) {
+        empty.push_back(sized(turn++, seq_q, seq_q / 3, dim)); /* rows at the top see nothing */
+        empty.back().descale = descale, empty.back().causal = 1, empty.back().rules = turn % 4 == 0 ? SOFTCAP : 0;
+      }
+  check("nan_or_negative_descale_leaves_rows_without_keys_alone", empty);
   for (int dim : {64, 128, 256})
     for (int n = 0; n < types(); ++n) {
       many.push_back(sized(n, 8, 8209, dim));
