@@ -1,7 +1,7 @@
 /* flashcore_fp8.cuh · FlashCore 0.1.0 · MIT licence · fp8: quantisers, and attention on the fp8 tensor cores of Ada (sm_89) and Hopper (sm_90a)
  *
  * Use:  #include this, after those of flashcore_wmma.cuh and flashcore_wgmma.cuh whose backends shall be in the same file, in one of the files that
- *       define FLASHCORE_IMPLEMENTATION or FLASHCORE_BACKEND_IMPLEMENTATION, compiled for sm_89, sm_90a:
+ *       define FLASHCORE_IMPLEMENTATION (quantisers and attention) or FLASHCORE_BACKEND_IMPLEMENTATION (attention), compiled for sm_89, sm_90a:
  *         nvcc -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90a,code=sm_90a ...
  *       Callers, C or C++, include it for the declarations. From fp16, fp32 or bf16 tensors to attention, q.dtype_out = FLASHCORE_E4M3:
  *
@@ -30,7 +30,7 @@
  *
  *   option, in the implementing file           what it does
  *   FLASHCORE_FP8_FAST                         QGMMA in the fast mode (qgmma_mode) instead of the accurate one; needs CUDA 12.4
- *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out
+ *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out; both: quantisers alone
  *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16        leave the quantisers of that type out, and attention with Q of that type
  *
  * The algorithm is that of flashcore_wmma.cuh and flashcore_wgmma.cuh, whose work lists, rings and rules are shared, but for what fp8 changes:
@@ -59,10 +59,12 @@
 /* ================================================================================================================================
  * 1  C API of the quantisers
  * ================================================================================================================================
- * stored = x / descale, rounded to nearest even; what is too large, infinity included, becomes the largest number (448 or 57344); NaN stays NaN.
- * descale = amax / largest, amax over the finite values, but at least 2^-60: a tensor of zeros has a scale too.
- * Before that, on request: K without its mean over the rows (softmax does not feel it, but LSE then lacks scale * q . mean), and Q and K rotated by
- * blocks of a Hadamard matrix (orthogonal: Q K^T does not feel it), which spreads what one dim has too much of over its block. */
+ * stored = x * (1 / descale), reciprocal and product in fp32, rounded to nearest even; what is too large, infinity included, becomes the largest number
+ * (448 or 57344); NaN stays NaN. descale = amax / largest, amax over the finite values, but at least 2^-60: a tensor of zeros has a scale too.
+ * Before that, on request: K without its mean over the rows, and Q and K rotated by blocks of a Hadamard matrix (orthogonal: Q K^T does not feel it),
+ * which spreads what one dim has too much of over its block.
+ * K without its mean moves all logits of a row by scale * q . mean. Softmax does not feel it, but all that compares logits with something else does: the
+ * LSE lacks it, so that parts of the keys with means of their own do not merge, and softcap and sinks give another result. */
 
 #if defined(FLASHCORE_PREFIX)
 #define flashcore_fp8_quantise           FLASHCORE_JOIN(FLASHCORE_PREFIX, flashcore_fp8_quantise)
@@ -82,13 +84,16 @@ typedef struct flashcore_fp8_quantise_args {
   size_t struct_size;              /* set by flashcore_fp8_quantise_init */
   int32_t dtype, dtype_out;        /* F32, F16 or BF16; E4M3 (default) or E5M2 */
   int32_t batch, rows, heads, dim; /* dim: a multiple of 16 up to 512 */
-  flashcore_tensor x, out;         /* 16-byte aligned, strides too; packed sequences are one batch entry */
+  flashcore_tensor x, out;         /* 16-byte aligned, strides too; packed sequences are one batch entry. Outputs overlap nothing else */
   const int32_t *seqlens;          /* rows in use per batch entry, the rest is neither read nor written; NULL: all */
   int32_t granularity, block_rows; /* flashcore_fp8_granularity; rows per scale for PER_BLOCK, must divide `rows` */
-  float scale;                     /* for GIVEN: > 0, finite */
+  float scale;                     /* for GIVEN: 2^-126 to 2^126 */
   float *descale;                  /* the scales: x = stored * descale */
-  float *mean;                     /* (batch, heads, dim): receives the means over the rows, which are subtracted; NULL: they are not */
+  float *mean;                     /* (batch, heads, dim), 16-byte aligned: receives the means over the rows (of finite values), which are
+                                    * subtracted: not with softcap, sinks or an LSE that is looked at. NULL: they are not */
   int32_t rotation;                /* size of the Hadamard blocks, a power of two from 16 on that divides dim; 0: no rotation */
+  int32_t transposed;              /* 1: out is (batch, heads, dim, rows), as kernels of your own may want V; flashcore_attention wants it as it is.
+                                    * out.stride_s is then from dim to dim, rows are contiguous; block_rows a multiple of 16 */
 } flashcore_fp8_quantise_args;
 
 #if !defined(__CUDACC_RTC__) && (!defined(FLASHCORE_STATIC) || defined(FLASHCORE_IMPLEMENTATION))
@@ -100,22 +105,29 @@ static inline void flashcore_fp8_quantise_init(flashcore_fp8_quantise_args *q) {
 }
 
 /* Quantise. Asynchronous on `stream`: one kernel for PER_BLOCK and GIVEN, else one that takes amax before it, and with `mean` one more.
- * Conditions, errors and threads: as for flashcore_forward. */
+ * Conditions, errors and threads: as for flashcore_forward. Compiled, like the reference, where FLASHCORE_IMPLEMENTATION is defined. */
 FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error);
 
-/* The same on the CPU, bit for bit (where FLASHCORE_IMPLEMENTATION is defined). */
+/* The same on the CPU, bit for bit. */
 FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_fp8_quantise_args *q, flashcore_error *error);
 #endif
 
+/* x / y, whatever -use_fast_math says. */
+FLASHCORE_INLINE float flashcore_fp8_divide(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fdiv_rn(x, y);
+#else
+  return x / y;
+#endif
+}
 /* The scale for values up to amax. */
 #define FLASHCORE_FP8_LEAST_AMAX 8.67361738e-19f /* 2^-60 */
 FLASHCORE_INLINE float flashcore_fp8_descale(float amax, int32_t dtype) {
-  const float size = amax > FLASHCORE_FP8_LEAST_AMAX ? amax : FLASHCORE_FP8_LEAST_AMAX, largest = dtype == FLASHCORE_E4M3 ? 448.f : 57344.f;
-#if defined(__CUDA_ARCH__)
-  return __fdiv_rn(size, largest); /* whatever -use_fast_math says */
-#else
-  return size / largest;
-#endif
+  return flashcore_fp8_divide(amax > FLASHCORE_FP8_LEAST_AMAX ? amax : FLASHCORE_FP8_LEAST_AMAX, dtype == FLASHCORE_E4M3 ? 448.f : 57344.f);
+}
+/* The mean of `count` values with that sum; 0 of none, and where the sum is past fp32. */
+FLASHCORE_INLINE float flashcore_fp8_mean(float sum, int32_t count) {
+  return count > 0 && fabsf(sum) < INFINITY ? flashcore_fp8_divide(sum, (float)count) : 0.f;
 }
 /* Scales of a head: PER_BLOCK has one per block. */
 FLASHCORE_INLINE int32_t flashcore_fp8_blocks(const flashcore_fp8_quantise_args *q) {
@@ -125,7 +137,7 @@ FLASHCORE_INLINE int32_t flashcore_fp8_blocks(const flashcore_fp8_quantise_args 
 FLASHCORE_INLINE int32_t flashcore_fp8_rows(const flashcore_fp8_quantise_args *q, int32_t b) {
   return q->seqlens ? flashcore_clamp(q->seqlens[b], 0, q->rows) : q->rows;
 }
-#define FLASHCORE_FP8_MEAN_LANES 16 /* a mean is added up in so many parts: rows r, r + 16, ... */
+#define FLASHCORE_FP8_MEAN_LANES 64 /* a mean is added up in so many parts: rows r, r + 64, ..., and these in pairs, neighbours first */
 
 #if defined(__CUDACC__)
 /* The building blocks of the other headers, without their backends. */
@@ -228,46 +240,84 @@ FLASHCORE_DEVICE float fp8_descale(const flashcore_descale &d, int32_t batch, in
 /* A factor of products, as a normal number: 0 * -inf would make a masked key NaN. What is negative, or NaN, gives NaN. */
 FLASHCORE_DEVICE float fp8_normal(float x) { return x >= 0.f ? fminf(fmaxf(x, 1.1754944e-38f), 3.402823466e+38f) : __int_as_float(0x7fc00000); }
 
-/* Quantiser kernels. A thread works on pieces of 16 dims of a row; a block of threads on up to kRows rows of one head.
- *   quantise_mean_kernel     a block per 32 dims of a head: means over its rows, in an order that the reference follows
- *   quantise_amax_kernel     maximum of the scales that its rows want, into `descale` (scales are positive: they compare as integers do)
- *   quantise_kernel          PER_BLOCK: amax of its rows, which are in a cache when they are read again; then all: x to fp8 */
+/* Quantiser kernels. A thread works on pieces of 16 dims of a row. A tile is whole rows of one head, kPieces pieces for each thread of a block, which
+ * asks for all of them before it uses the first.
+ *   quantise_mean_kernel     a block per 64 bytes of a head's rows: means over all of its rows, in an order that the reference follows
+ *   quantise_amax_kernel     a tile: the scale that it wants; the largest goes to `descale` (scales are positive: they compare as integers do)
+ *   quantise_kernel          PER_BLOCK: the scale of block_rows rows, then these to fp8, the last tile from registers, the others read again;
+ *                            else a tile, whose scale is there
+ * Each kernel goes through the rows the other way than the one before: it starts with what L2 still holds. */
 struct quantise_tile {
-  static constexpr int kThreads = 256, kRows = 64, kPiece = 16;
-  static constexpr int kMeanDims = 32, kMeanThreads = kMeanDims * FLASHCORE_FP8_MEAN_LANES;
+  static constexpr int kPiece = 16, kPieces = 2, kThreads = 256;
+  static constexpr int kMeanThreads = 256, kMeanColumns = kMeanThreads / FLASHCORE_FP8_MEAN_LANES, kMeanLoads = 8;
 };
 
-/* The rows of one block of threads. */
-struct quantise_rows {
-  int32_t batch, head, block, row0, rows;
-  int64_t x, out; /* offsets of its first row, in elements */
+/* What the register cap is made for: 48 KiB and more on their way to an SM, whatever the element. */
+template <typename T> struct quantise_occupancy { static constexpr int kBlocksPerSm = sizeof(T) == 4 ? 2 : 3; };
+
+/* How rows fall on blocks of threads: heads fastest, since their rows are often neighbours in memory, then batch, then rows. */
+struct quantise_plan {
+  divisor heads, units;    /* units: heads * batch */
+  divisor pieces;          /* in a row */
+  divisor tile;            /* rows */
+  divisor strips;          /* of 16 rows in a tile: transposed alone */
+  int32_t block_rows;      /* rows of a block of threads */
+  int32_t step;            /* rows that its threads take at once, a piece each */
+  int32_t threads, blocks; /* blocks: of threads, per head */
+  int32_t backwards;       /* 1: last rows first */
 };
-FLASHCORE_INLINE int32_t quantise_rows_per_block(const flashcore_fp8_quantise_args &q) {
-  return q.granularity == FLASHCORE_FP8_PER_BLOCK ? q.block_rows : quantise_tile::kRows;
-}
-FLASHCORE_DEVICE quantise_rows quantise_rows_of(const flashcore_fp8_quantise_args &q) {
-  const int32_t per_block = quantise_rows_per_block(q), blocks = (q.rows + per_block - 1) / per_block, unit = (int32_t)blockIdx.x / blocks;
-  quantise_rows r;
-  r.batch = unit / q.heads;
-  r.head = unit % q.heads;
-  r.block = (int32_t)blockIdx.x % blocks;
-  r.row0 = r.block * per_block;
-  r.rows = max(0, min(flashcore_fp8_rows(&q, r.batch) - r.row0, per_block));
-  r.x = r.batch * q.x.stride_b + r.row0 * q.x.stride_s + r.head * q.x.stride_h;
-  r.out = r.batch * q.out.stride_b + r.row0 * q.out.stride_s + r.head * q.out.stride_h;
-  return r;
+FLASHCORE_INLINE quantise_plan make_quantise_plan(const flashcore_fp8_quantise_args &q, bool backwards) {
+  const bool own_rows = q.granularity == FLASHCORE_FP8_PER_BLOCK;
+  const int32_t pieces = q.dim / quantise_tile::kPiece, unit = q.transposed ? 8 : 1; /* a transposed tile has whole strips */
+  const int32_t most = quantise_tile::kThreads / pieces / unit * unit, rows = own_rows ? q.block_rows : q.rows;
+  const int32_t few = ((rows - 1) / (quantise_tile::kPieces * unit) + 1) * unit;
+  quantise_plan p;
+  p.step = few < most ? few : most;
+  p.heads = make_divisor(q.heads);
+  p.units = make_divisor(q.heads * q.batch);
+  p.pieces = make_divisor(pieces);
+  p.tile = make_divisor(p.step * quantise_tile::kPieces);
+  p.strips = make_divisor(p.tile.d < 16 ? 1 : p.tile.d / 16);
+  p.block_rows = own_rows ? rows : p.tile.d;
+  p.threads = (p.step * pieces + 31) / 32 * 32;
+  p.blocks = (q.rows - 1) / p.block_rows + 1;
+  p.backwards = backwards;
+  return p;
 }
 
-/* 16 elements as fp32.   shapes  p: 16-byte aligned */
-template <typename T> FLASHCORE_DEVICE void quantise_load(const T *p, float (&x)[16]) {
-  constexpr int kPerLoad = 16 / (int)sizeof(T);
+/* What a thread works on: the piece at `dim` of rows row, row + step, ... of its block's rows. */
+struct quantise_share {
+  int32_t batch, head, block; /* block: of rows, within the head */
+  int32_t row0, rows;         /* the block's first row, and how many are in use */
+  int32_t row, dim;           /* a thread too many has a row past all others */
+};
+FLASHCORE_DEVICE quantise_share quantise_share_of(const flashcore_fp8_quantise_args &q, const quantise_plan &p) {
+  const int32_t index = (int32_t)(p.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x), thread = (int32_t)threadIdx.x;
+  quantise_share s;
+  s.block = p.units.quotient(index);
+  const int32_t unit = index - s.block * p.units.d;
+  s.batch = p.heads.quotient(unit);
+  s.head = unit - s.batch * q.heads;
+  s.row0 = s.block * p.block_rows;
+  s.rows = max(0, min(flashcore_fp8_rows(&q, s.batch) - s.row0, p.block_rows));
+  s.row = p.pieces.quotient(thread);
+  s.dim = (thread - s.row * p.pieces.d) * quantise_tile::kPiece;
+  if (s.row >= p.step) s.row = 1 << 30;
+  return s;
+}
+
+/* 16 bytes of elements as fp32. */
+template <typename T> FLASHCORE_DEVICE void quantise_unpack(const uint4 &words, float *x) {
+  T values[16 / sizeof(T)];
+  memcpy(values, &words, 16);
 #pragma unroll
-  for (int i = 0; i < 16; i += kPerLoad) {
-    const uint4 words = __ldg(reinterpret_cast<const uint4 *>(p + i));
-    T values[kPerLoad];
-    memcpy(values, &words, 16);
+  for (int i = 0; i < 16 / (int)sizeof(T); ++i) x[i] = element<T>::load(values[i]);
+}
+FLASHCORE_DEVICE void quantise_subtract(const float *mean, float (&x)[16]) {
 #pragma unroll
-    for (int k = 0; k < kPerLoad; ++k) x[i + k] = element<T>::load(values[k]);
+  for (int i = 0; i < 16; i += 4) {
+    const float4 m = __ldg(reinterpret_cast<const float4 *>(mean + i));
+    x[i] -= m.x, x[i + 1] -= m.y, x[i + 2] -= m.z, x[i + 3] -= m.w;
   }
 }
 /* x becomes x H / sqrt(block), H the Hadamard matrix of that size, whose blocks span block / 16 neighbouring lanes.   callers  a warp, converged */
@@ -282,111 +332,227 @@ FLASHCORE_DEVICE void quantise_rotate(float (&x)[16], int32_t block) {
         x[i + h] = a - b;
       }
   for (int lanes = 1; lanes < block / 16; lanes *= 2) {
-    const bool upper = threadIdx.x & lanes;
+    const float sign = threadIdx.x & lanes ? -1.f : 1.f;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float other = __shfl_xor_sync(0xffffffffu, x[i], lanes);
-      x[i] = upper ? other - x[i] : x[i] + other;
-    }
+    for (int i = 0; i < 16; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(0xffffffffu, x[i], lanes));
   }
   const float unit = __frsqrt_rn((float)block);
 #pragma unroll
   for (int i = 0; i < 16; ++i) x[i] *= unit;
 }
-/* Piece i of the rows, as it will be rounded. False: there is no such piece.   callers  a warp, converged, its lanes on pieces in a row */
-template <typename T> FLASHCORE_DEVICE bool quantise_piece(const flashcore_fp8_quantise_args &q, const quantise_rows &r, int i, float (&x)[16]) {
-  const int pieces = q.dim / quantise_tile::kPiece, row = i / pieces, dim = i % pieces * quantise_tile::kPiece;
-  const bool live = row < r.rows;
+
+using quantise_values = float[quantise_tile::kPieces][16];
+
+/* The thread's pieces of the tile at row `first` of the block, as they will be rounded; zeros past the last row.   callers  a warp, converged */
+template <typename T>
+FLASHCORE_DEVICE void quantise_read(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s, int32_t first,
+                                    quantise_values &x) {
+  constexpr int kLoads = (int)sizeof(T), kPerLoad = 16 / kLoads, kPieces = quantise_tile::kPieces;
+  const T *const base = static_cast<const T *>(q.x.data) + s.batch * q.x.stride_b + s.head * q.x.stride_h + s.dim;
+  uint4 words[kPieces][kLoads];
 #pragma unroll
-  for (float &value : x) value = 0.f;
-  if (live) quantise_load(static_cast<const T *>(q.x.data) + r.x + row * q.x.stride_s + dim, x);
-  if (live && q.mean) {
-    const float *const mean = q.mean + ((int64_t)r.batch * q.heads + r.head) * q.dim + dim;
+  for (int k = 0; k < kPieces; ++k) {
+    const int32_t row = first + s.row + k * p.step;
+    const bool live = row < s.rows;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(base + (live ? s.row0 + row : 0) * q.x.stride_s);
 #pragma unroll
-    for (int k = 0; k < 16; ++k) x[k] -= mean[k];
+    for (int i = 0; i < kLoads; ++i) words[k][i] = live ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
   }
-  if (q.rotation) quantise_rotate(x, q.rotation);
-  return live;
-}
-/* The scale that the rows want; in all threads.   callers  the block */
-template <typename T> FLASHCORE_DEVICE float quantise_amax(const flashcore_fp8_quantise_args &q, const quantise_rows &r) {
-  __shared__ float of_warp[quantise_tile::kThreads / 32];
-  const int pieces = r.rows * (q.dim / quantise_tile::kPiece);
-  float amax = 0.f;
-#pragma unroll 2
-  for (int i = 0; i < pieces; i += quantise_tile::kThreads) {
-    float x[16];
-    quantise_piece<T>(q, r, i + (int)threadIdx.x, x);
 #pragma unroll
-    for (int k = 0; k < 16; ++k) amax = fabsf(x[k]) < INFINITY ? fmaxf(amax, fabsf(x[k])) : amax;
+  for (int k = 0; k < kPieces; ++k) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) quantise_unpack<T>(words[k][i], x[k] + i * kPerLoad);
+    if (q.mean && first + s.row + k * p.step < s.rows) quantise_subtract(q.mean + ((int64_t)s.batch * q.heads + s.head) * q.dim + s.dim, x[k]);
+    if (q.rotation) quantise_rotate(x[k], q.rotation);
+  }
+}
+
+/* The largest finite size among them. fmaxf knows no NaN; infinities are rare enough for a second look. */
+FLASHCORE_DEVICE float quantise_largest(const quantise_values &x) {
+  float all = 0.f, finite = 0.f;
+#pragma unroll
+  for (int i = 0; i < quantise_tile::kPieces * 16; ++i) all = fmaxf(all, fabsf(x[i / 16][i % 16]));
+  if (all < INFINITY) return all;
+#pragma unroll
+  for (int i = 0; i < quantise_tile::kPieces * 16; ++i)
+    if (fabsf(x[i / 16][i % 16]) < INFINITY) finite = fmaxf(finite, fabsf(x[i / 16][i % 16]));
+  return finite;
+}
+/* The scale that the block's rows want, in all threads. x: the last tile.   callers  the block, once */
+template <typename T>
+FLASHCORE_DEVICE float quantise_scale(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s, quantise_values &x) {
+  __shared__ float of_warp[quantise_tile::kThreads / 32];
+  float amax = 0.f;
+  for (int32_t first = 0; first < s.rows; first += p.tile.d) {
+    quantise_read<T>(q, p, s, first, x);
+    amax = fmaxf(amax, quantise_largest(x));
   }
   amax = warp_max(amax);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
   __syncthreads();
-#pragma unroll
-  for (const float other : of_warp) amax = fmaxf(amax, other);
+  for (int warp = 0; warp < p.threads / 32; ++warp) amax = fmaxf(amax, of_warp[warp]);
   return flashcore_fp8_descale(amax, q.dtype_out);
 }
-
 /* Where the scale of the rows lies. */
-FLASHCORE_DEVICE int64_t quantise_scale_index(const flashcore_fp8_quantise_args &q, const quantise_rows &r) {
+FLASHCORE_DEVICE int64_t quantise_scale_index(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s) {
   if (q.granularity == FLASHCORE_FP8_PER_TENSOR || q.granularity == FLASHCORE_FP8_GIVEN) return 0;
-  const int64_t unit = (int64_t)r.batch * q.heads + r.head;
-  return q.granularity == FLASHCORE_FP8_PER_HEAD ? unit : unit * flashcore_fp8_blocks(&q) + r.block;
+  const int64_t unit = (int64_t)s.batch * q.heads + s.head;
+  return q.granularity == FLASHCORE_FP8_PER_HEAD ? unit : unit * p.blocks + s.block;
 }
 
-/* callers  heads * batch * ceil(dim / 32) blocks of quantise_tile::kMeanThreads */
-template <typename T> FLASHCORE_KERNEL void quantise_mean_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
-  constexpr int kDims = quantise_tile::kMeanDims, kLanes = FLASHCORE_FP8_MEAN_LANES;
-  __shared__ float part[kLanes][kDims];
-  const int slices = (q.dim + kDims - 1) / kDims, unit = (int)blockIdx.x / slices, b = unit / q.heads, head = unit % q.heads;
-  const int d = (int)threadIdx.x % kDims, lane = (int)threadIdx.x / kDims, dim = (int)blockIdx.x % slices * kDims + d;
-  const int rows = flashcore_fp8_rows(&q, b);
-  const T *const x = static_cast<const T *>(q.x.data) + b * q.x.stride_b + head * q.x.stride_h + dim;
-  float sum = 0.f;
-  if (dim < q.dim) {
-#pragma unroll 8
-    for (int row = lane; row < rows; row += kLanes) sum += element<T>::load(__ldg(x + row * q.x.stride_s));
+template <typename F8> FLASHCORE_DEVICE uint4 quantise_pack(const float (&x)[16], float factor) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = pack4<F8>(x[4 * i] * factor, x[4 * i + 1] * factor, x[4 * i + 2] * factor, x[4 * i + 3] * factor);
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+/* Rows of a tile to `out`, as rows. */
+FLASHCORE_DEVICE void quantise_store(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s, int32_t first,
+                                     const uint4 (&pieces)[quantise_tile::kPieces]) {
+  uint8_t *const out = static_cast<uint8_t *>(q.out.data) + s.batch * q.out.stride_b + s.head * q.out.stride_h + s.dim;
+#pragma unroll
+  for (int k = 0; k < quantise_tile::kPieces; ++k) {
+    const int32_t row = first + s.row + k * p.step;
+    if (row < s.rows) *reinterpret_cast<uint4 *>(out + (s.row0 + row) * q.out.stride_s) = pieces[k];
   }
-  part[lane][d] = sum;
+}
+
+/* Byte i of word j becomes byte j of word i. */
+FLASHCORE_DEVICE void quantise_transpose_bytes(uint32_t (&x)[4]) {
+  const uint32_t a = __byte_perm(x[0], x[1], 0x5140), b = __byte_perm(x[2], x[3], 0x5140); /* bytes 0 and 1 of both */
+  const uint32_t c = __byte_perm(x[0], x[1], 0x7362), d = __byte_perm(x[2], x[3], 0x7362); /* bytes 2 and 3 */
+  x[0] = __byte_perm(a, b, 0x5410), x[1] = __byte_perm(a, b, 0x7632), x[2] = __byte_perm(c, d, 0x5410), x[3] = __byte_perm(c, d, 0x7632);
+}
+/* Rows of a tile to `out`, transposed through shared memory: a thread reads four dims of a strip of 16 rows, and writes 16 bytes for each dim; threads
+ * next to each other have strips next to each other. Rows are a word longer than their bytes: no two of a warp's words share a bank.
+ *   callers  the block; all its tiles start at multiples of 16 rows */
+FLASHCORE_DEVICE void quantise_store_transposed(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s, int32_t first,
+                                                const uint4 (&pieces)[quantise_tile::kPieces], uint32_t *tile) {
+  const int pitch = q.dim / 4 + 1;
+  __syncthreads(); /* the tile before is on its way */
+#pragma unroll
+  for (int k = 0; k < quantise_tile::kPieces; ++k) {
+    uint32_t *const to = tile + (s.row + k * p.step) * pitch + s.dim / 4;
+    if (s.row < p.step) to[0] = pieces[k].x, to[1] = pieces[k].y, to[2] = pieces[k].z, to[3] = pieces[k].w;
+  }
   __syncthreads();
-  if (lane > 0 || dim >= q.dim) return;
+  uint8_t *const out = static_cast<uint8_t *>(q.out.data) + s.batch * q.out.stride_b + s.head * q.out.stride_h + s.row0 + first;
+  for (int i = (int)threadIdx.x; i < q.dim / 4 * p.strips.d; i += (int)blockDim.x) {
+    const int quad = p.strips.quotient(i), strip = i - quad * p.strips.d, live = s.rows - first - 16 * strip;
+    const uint32_t *const from = tile + 16 * strip * pitch + quad;
+    uint8_t *const to = out + 4 * quad * q.out.stride_s + 16 * strip;
+    if (live >= 16) {
+      uint32_t words[4][4]; /* of four rows each; then of four dims, whose bytes are rows */
 #pragma unroll
-  for (int i = 1; i < kLanes; ++i) sum += part[i][d];
-  q.mean[(int64_t)unit * q.dim + dim] = rows > 0 ? __fdiv_rn(sum, (float)rows) : 0.f;
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll
+        for (int row = 0; row < 4; ++row) words[n][row] = from[(4 * n + row) * pitch];
+        quantise_transpose_bytes(words[n]);
+      }
+#pragma unroll
+      for (int d = 0; d < 4; ++d)
+        *reinterpret_cast<uint4 *>(to + d * q.out.stride_s) = make_uint4(words[0][d], words[1][d], words[2][d], words[3][d]);
+    } else {
+      for (int row = 0; row < live; ++row)
+#pragma unroll
+        for (int d = 0; d < 4; ++d) to[d * q.out.stride_s + row] = (uint8_t)(from[row * pitch] >> 8 * d);
+    }
+  }
 }
-/* callers  heads * batch * ceil(rows / kRows) blocks of quantise_tile::kThreads; `descale` is zero before */
-template <typename T>
-FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, 3) quantise_amax_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
-  const quantise_rows r = quantise_rows_of(q);
-  const float descale = quantise_amax<T>(q, r);
-  if (threadIdx.x == 0) atomicMax(reinterpret_cast<int *>(q.descale) + quantise_scale_index(q, r), __float_as_int(descale));
+
+/* A thread's rows of a head, dims dim and on: their sum for each dim. kSkips: of finite values alone; what it leaves out, it counts. */
+template <typename T, bool kSkips>
+FLASHCORE_DEVICE void quantise_sum(const T *x, int64_t stride, int32_t row, int32_t rows, float (&sum)[16 / sizeof(T)], int32_t *skipped) {
+  constexpr int kLanes = FLASHCORE_FP8_MEAN_LANES, kLoads = quantise_tile::kMeanLoads, kPerLoad = 16 / (int)sizeof(T);
+#pragma unroll
+  for (float &of_dim : sum) of_dim = 0.f;
+  for (; row < rows; row += kLoads * kLanes) {
+    uint4 words[kLoads];
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      const int32_t at = row + n * kLanes;
+      words[n] = at < rows ? __ldg(reinterpret_cast<const uint4 *>(x + at * stride)) : make_uint4(0, 0, 0, 0); /* to add 0 changes no sum */
+    }
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      float values[kPerLoad];
+      quantise_unpack<T>(words[n], values);
+#pragma unroll
+      for (int i = 0; i < kPerLoad; ++i)
+        if (!kSkips || fabsf(values[i]) < INFINITY) sum[i] += values[i];
+        else atomicAdd(skipped + i, 1);
+    }
+  }
 }
-/* callers  heads * batch * ceil(rows / quantise_rows_per_block) blocks of quantise_tile::kThreads */
+/* callers  heads * batch * ceil(dim bytes / 64) blocks of quantise_tile::kMeanThreads */
 template <typename T>
-FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, 3) quantise_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
-  const quantise_rows r = quantise_rows_of(q);
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kMeanThreads, quantise_occupancy<T>::kBlocksPerSm)
+    quantise_mean_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
+  constexpr int kColumns = quantise_tile::kMeanColumns, kPerLoad = 16 / (int)sizeof(T), kDims = kColumns * kPerLoad;
+  constexpr int kWarps = quantise_tile::kMeanThreads / 32;
+  __shared__ float part[kWarps][kDims];
+  __shared__ int32_t skipped[kDims];
+  const int slices = (q.dim + kDims - 1) / kDims, unit = (int)blockIdx.x / slices, b = unit / q.heads, head = unit % q.heads;
+  const int thread = (int)threadIdx.x, lane = thread / kColumns, d = thread % kColumns * kPerLoad, dim0 = (int)blockIdx.x % slices * kDims;
+  const int rows = flashcore_fp8_rows(&q, b), live_rows = dim0 + d < q.dim ? rows : 0;
+  const T *const x = static_cast<const T *>(q.x.data) + b * q.x.stride_b + head * q.x.stride_h + dim0 + d;
+  if (thread < kDims) skipped[thread] = 0;
+  __syncthreads();
+  float sum[kPerLoad];
+  quantise_sum<T, false>(x, q.x.stride_s, lane, live_rows, sum, skipped + d);
+  bool finite = true; /* as long as the sums are, nothing was to be skipped */
+#pragma unroll
+  for (int i = 0; i < kPerLoad; ++i) finite = finite && fabsf(sum[i]) < INFINITY;
+  if (!finite) quantise_sum<T, true>(x, q.x.stride_s, lane, live_rows, sum, skipped + d);
+#pragma unroll
+  for (int i = 0; i < kPerLoad; ++i) {
+#pragma unroll
+    for (int lanes = kColumns; lanes < 32; lanes *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], lanes);
+    if (thread % 32 < kColumns) part[thread / 32][d + i] = sum[i];
+  }
+  __syncthreads();
+  if (thread >= kDims || dim0 + thread >= q.dim) return;
+  float of_warp[kWarps];
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) of_warp[w] = part[w][thread];
+#pragma unroll
+  for (int step = 1; step < kWarps; step *= 2)
+#pragma unroll
+    for (int w = 0; w < kWarps; w += 2 * step) of_warp[w] += of_warp[w + step];
+  q.mean[(int64_t)unit * q.dim + dim0 + thread] = flashcore_fp8_mean(of_warp[0], rows - skipped[thread]);
+}
+/* callers  heads * batch * plan.blocks blocks of plan.threads; `descale` is zero before */
+template <typename T>
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_occupancy<T>::kBlocksPerSm)
+    quantise_amax_kernel(const __grid_constant__ flashcore_fp8_quantise_args q, const __grid_constant__ quantise_plan plan) {
+  const quantise_share s = quantise_share_of(q, plan);
+  quantise_values x;
+  const float descale = quantise_scale<T>(q, plan, s, x);
+  if (threadIdx.x == 0) atomicMax(reinterpret_cast<int *>(q.descale) + quantise_scale_index(q, plan, s), __float_as_int(descale));
+}
+/* callers  heads * batch * plan.blocks blocks of plan.threads; kTransposed: as q.transposed */
+template <typename T, bool kTransposed>
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_occupancy<T>::kBlocksPerSm)
+    quantise_kernel(const __grid_constant__ flashcore_fp8_quantise_args q, const __grid_constant__ quantise_plan plan) {
+  const quantise_share s = quantise_share_of(q, plan);
+  const bool own_scale = q.granularity == FLASHCORE_FP8_PER_BLOCK, given = q.granularity == FLASHCORE_FP8_GIVEN;
+  quantise_values x;
   float descale = q.scale;
-  if (q.granularity == FLASHCORE_FP8_PER_BLOCK) descale = quantise_amax<T>(q, r);
-  else if (q.granularity != FLASHCORE_FP8_GIVEN) descale = q.descale[quantise_scale_index(q, r)];
-  const bool stores = q.granularity == FLASHCORE_FP8_PER_BLOCK || (q.granularity == FLASHCORE_FP8_GIVEN && blockIdx.x == 0 && q.descale);
-  if (stores && threadIdx.x == 0) q.descale[quantise_scale_index(q, r)] = descale;
-  const float factor = __fdiv_rn(1.f, descale);
-  const int pieces_per_row = q.dim / quantise_tile::kPiece, pieces = r.rows * pieces_per_row;
-#pragma unroll 2
-  for (int i = 0; i < pieces; i += quantise_tile::kThreads) {
-    float x[16];
-    const int piece = i + (int)threadIdx.x;
-    if (!quantise_piece<T>(q, r, piece, x)) continue;
-    uint32_t words[4];
+  if (own_scale) descale = quantise_scale<T>(q, plan, s, x);
+  else if (!given) descale = q.descale[quantise_scale_index(q, plan, s)];
+  if (threadIdx.x == 0 && (own_scale || (given && blockIdx.x == 0 && q.descale))) q.descale[quantise_scale_index(q, plan, s)] = descale;
+  const float factor = flashcore_fp8_divide(1.f, descale);
+  const int32_t last = plan.tile.quotient(max(s.rows - 1, 0)) * plan.tile.d;
+  for (int32_t first = last; first >= 0; first -= plan.tile.d) {
+    if (!own_scale || first < last) quantise_read<T>(q, plan, s, first, x);
+    uint4 pieces[quantise_tile::kPieces];
 #pragma unroll
-    for (float &value : x) value *= factor;
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      words[k] = q.dtype_out == FLASHCORE_E4M3 ? pack4<e4m3>(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3])
-                                               : pack4<e5m2>(x[4 * k], x[4 * k + 1], x[4 * k + 2], x[4 * k + 3]);
-    uint8_t *const out = static_cast<uint8_t *>(q.out.data) + r.out + piece / pieces_per_row * q.out.stride_s;
-    *reinterpret_cast<uint4 *>(out + piece % pieces_per_row * quantise_tile::kPiece) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int k = 0; k < quantise_tile::kPieces; ++k)
+      pieces[k] = q.dtype_out == FLASHCORE_E4M3 ? quantise_pack<e4m3>(x[k], factor) : quantise_pack<e5m2>(x[k], factor);
+    if constexpr (kTransposed) {
+      __shared__ uint32_t tile[quantise_tile::kThreads * quantise_tile::kPieces * 5]; /* rows of 16 dims are the longest, with their word more */
+      quantise_store_transposed(q, plan, s, first, pieces, tile);
+    } else quantise_store(q, plan, s, first, pieces);
   }
 }
 
@@ -1831,146 +1997,186 @@ static inline CUresult make_qgmma_maps(const flashcore_attention &a, int block_k
 /* ================================================================================================================================
  * 12  Quantisers: validation, launch, CPU reference
  * ================================================================================================================================ */
-#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+#if !defined(__CUDACC_RTC__) && defined(FLASHCORE_IMPLEMENTATION)
 
-#define FLASHCORE_FP8_TRY(call)                                                                                                                      \
-  do {                                                                                                                                               \
-    const flashcore_status fp8_status = (call);                                                                                                      \
-    if (fp8_status != FLASHCORE_OK) return fp8_status;                                                                                               \
-  } while (0)
-
-/* low <= value <= high and a multiple of `step`, or the status. */
-static inline flashcore_status flashcore_fp8_check_range(const char *field, int64_t value, int64_t low, int64_t high, int64_t step,
-                                                         flashcore_status status, flashcore_error *error) {
-  if (value >= low && value <= high && value % step == 0) return FLASHCORE_OK;
-  return flashcore_refuse(error, status, field, value,
-                          value < low    ? low
-                          : value > high ? high
-                                         : step,
-                          "%s is %lld: must be a multiple of %lld from %lld to %lld", field, (long long)value, (long long)step, (long long)low,
-                          (long long)high);
+static flashcore_status flashcore_fp8_validate_types(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  const flashcore_limit limits[] = {
+      {FLASHCORE_INVALID_DTYPE, "dtype", q->dtype, FLASHCORE_F32, FLASHCORE_E5M2},
+      {FLASHCORE_INVALID_DTYPE, "dtype_out", q->dtype_out, FLASHCORE_F32, FLASHCORE_E5M2},
+      {FLASHCORE_UNSUPPORTED_DTYPE, "dtype", q->dtype, FLASHCORE_F32, FLASHCORE_BF16},
+      {FLASHCORE_UNSUPPORTED_DTYPE, "dtype_out", q->dtype_out, FLASHCORE_E4M3, FLASHCORE_E5M2},
+  };
+  return flashcore_check_limits(limits, FLASHCORE_COUNT(limits), error);
 }
 
-static inline flashcore_status flashcore_fp8_check_types(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
-  if (q->dtype < FLASHCORE_F32 || q->dtype > FLASHCORE_E5M2)
-    return flashcore_refuse(error, FLASHCORE_INVALID_DTYPE, "dtype", q->dtype, FLASHCORE_BF16, "dtype is %d: no such type", (int)q->dtype);
-  if (flashcore_is_fp8(q->dtype))
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", q->dtype, FLASHCORE_BF16,
-                            "dtype is %d: must be fp32, fp16 or bf16, the tensor is to become fp8", (int)q->dtype);
-  if (!flashcore_is_fp8(q->dtype_out))
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_out", q->dtype_out, FLASHCORE_E4M3, "dtype_out is %d: must be e4m3 or e5m2",
-                            (int)q->dtype_out);
-  return FLASHCORE_OK;
-}
-
-static inline flashcore_status flashcore_fp8_check_scales(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
-  if (q->granularity < FLASHCORE_FP8_PER_HEAD || q->granularity > FLASHCORE_FP8_GIVEN)
-    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "granularity", q->granularity, FLASHCORE_FP8_GIVEN, "granularity is %d: must be 0 to %d",
-                            (int)q->granularity, (int)FLASHCORE_FP8_GIVEN);
-  if (q->granularity == FLASHCORE_FP8_PER_BLOCK && (q->block_rows < 1 || q->rows % q->block_rows != 0))
-    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "block_rows", q->block_rows, q->rows, "block_rows is %d: must divide %d rows",
-                            (int)q->block_rows, (int)q->rows);
-  if (q->granularity == FLASHCORE_FP8_GIVEN && !(q->scale > 0.f && q->scale <= FLT_MAX))
-    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "scale", q->scale < 0.f ? -1 : 0, 0, "scale is %g: must be finite and above 0",
-                            (double)q->scale);
+static flashcore_status flashcore_fp8_validate_sizes(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  const flashcore_limit limits[] = {
+      {FLASHCORE_INVALID_SIZE, "batch", q->batch, 1, INT32_MAX},
+      {FLASHCORE_INVALID_SIZE, "rows", q->rows, 1, FLASHCORE_MAX_SEQ},
+      {FLASHCORE_INVALID_SIZE, "heads", q->heads, 1, INT32_MAX},
+      {FLASHCORE_UNSUPPORTED_DIM, "dim", q->dim, 16, FLASHCORE_MAX_DIM},
+      {FLASHCORE_INVALID_STRIDE, "transposed", q->transposed, 0, 1},
+      {FLASHCORE_INVALID_SCALE, "granularity", q->granularity, FLASHCORE_FP8_PER_HEAD, FLASHCORE_FP8_GIVEN},
+  };
+  FLASHCORE_TRY(flashcore_check_limits(limits, FLASHCORE_COUNT(limits), error));
+  if (q->dim % 16 != 0)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DIM, "dim", q->dim, 16, "dim is %d: must be a multiple of 16", (int)q->dim);
+  const int64_t heads = (int64_t)q->batch * q->heads, most = INT32_MAX / (q->rows < 32 ? 32 : q->rows); /* at least the blocks of any kernel */
+  if (heads > most)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", heads, most, "batch * heads is %lld: must be at most %lld with rows = %d",
+                            (long long)heads, (long long)most, (int)q->rows);
   if (q->rotation != 0 && (q->rotation < 16 || (q->rotation & (q->rotation - 1)) != 0 || q->dim % q->rotation != 0))
     return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "rotation", q->rotation, q->dim,
                             "rotation is %d: must be 0 or a power of two from 16 on that divides dim = %d", (int)q->rotation, (int)q->dim);
   return FLASHCORE_OK;
 }
 
-static inline flashcore_status flashcore_fp8_check_tensor(const flashcore_fp8_quantise_args *q, int is_output, flashcore_error *error) {
-  const flashcore_tensor *t = is_output ? &q->out : &q->x;
-  const char *field = is_output ? "out" : "x";
-  const int64_t bytes = flashcore_dtype_bytes(is_output ? q->dtype_out : q->dtype), reach = ((int64_t)1 << 60) / bytes;
-  const int64_t strides[3] = {t->stride_b, t->stride_s, t->stride_h}, extents[3] = {q->batch, q->rows, q->heads};
-  if (!t->data) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, field, 0, 0, "%s is null: it is needed here", field);
-  if ((uintptr_t)t->data % 16 != 0)
-    return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, (int64_t)(uintptr_t)t->data, 16, "%s is %p: must be a multiple of 16 bytes", field,
-                            t->data);
+/* WHY the bounds: 1 / scale is a normal number too. */
+static flashcore_status flashcore_fp8_validate_scales(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  const int32_t unit = q->transposed ? 16 : 1;
+  if (q->granularity == FLASHCORE_FP8_PER_BLOCK && (q->block_rows < 1 || q->rows % q->block_rows != 0 || q->block_rows % unit != 0))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "block_rows", q->block_rows, q->rows,
+                            "block_rows is %d: must divide %d rows and be a multiple of %d", (int)q->block_rows, (int)q->rows, (int)unit);
+  if (q->granularity == FLASHCORE_FP8_GIVEN && !(q->scale >= FLT_MIN && q->scale <= 1.f / FLT_MIN))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "scale", q->scale < 0.f ? -1 : 0, 0, "scale is %g: must be from 2^-126 to 2^126",
+                            (double)q->scale);
+  return FLASHCORE_OK;
+}
+
+/* A tensor as bytes: along batch, the dim that stride_s steps along, heads, and last the contiguous one. */
+typedef struct flashcore_fp8_view {
+  const flashcore_tensor *tensor;
+  int64_t extents[4];
+  int32_t bytes; /* of an element */
+} flashcore_fp8_view;
+
+static flashcore_fp8_view flashcore_fp8_view_of(const flashcore_fp8_quantise_args *q, int is_output) {
+  const int transposed = is_output && q->transposed;
+  const flashcore_fp8_view view = {is_output ? &q->out : &q->x,
+                                   {q->batch, transposed ? q->dim : q->rows, q->heads, transposed ? q->rows : q->dim},
+                                   flashcore_dtype_bytes(is_output ? q->dtype_out : q->dtype)};
+  return view;
+}
+
+static flashcore_status flashcore_fp8_validate_tensor(const flashcore_fp8_quantise_args *q, int is_output, flashcore_error *error) {
+  const flashcore_fp8_view x = flashcore_fp8_view_of(q, is_output);
+  const flashcore_stride strides[] = {
+      {is_output ? "out.stride_b" : "x.stride_b", x.tensor->stride_b, x.extents[0], x.bytes},
+      {is_output ? "out.stride_s" : "x.stride_s", x.tensor->stride_s, x.extents[1], x.bytes},
+      {is_output ? "out.stride_h" : "x.stride_h", x.tensor->stride_h, x.extents[2], x.bytes},
+  };
+  const int32_t step = 16 / x.bytes;
+  FLASHCORE_TRY((is_output ? flashcore_check_output_strides : flashcore_check_strides)(strides, FLASHCORE_COUNT(strides), error));
+  for (int i = 0; i < FLASHCORE_COUNT(strides); ++i)
+    if (strides[i].extent > 1 && strides[i].stride % step != 0)
+      return flashcore_refuse(error, FLASHCORE_INVALID_STRIDE, strides[i].field, strides[i].stride, step, "%s is %lld: must be a multiple of %d",
+                              strides[i].field, (long long)strides[i].stride, (int)step);
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_fp8_validate_tensors(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  const flashcore_pointer pointers[] = {
+      {"x.data", q->x.data, 16, 1}, {"out.data", q->out.data, 16, 1}, {"descale", q->descale, 4, q->granularity != FLASHCORE_FP8_GIVEN},
+      {"mean", q->mean, 16, 0},     {"seqlens", q->seqlens, 4, 0},
+  };
+  FLASHCORE_TRY(flashcore_check_pointers(pointers, FLASHCORE_COUNT(pointers), error));
+  FLASHCORE_TRY(flashcore_fp8_validate_tensor(q, 0, error));
+  return flashcore_fp8_validate_tensor(q, 1, error);
+}
+
+/* Addresses from the first to the last byte of something; none: low = high. */
+typedef struct flashcore_fp8_span {
+  const char *field;
+  int64_t low, high;
+} flashcore_fp8_span;
+
+static flashcore_fp8_span flashcore_fp8_span_of_tensor(const flashcore_fp8_quantise_args *q, int is_output) {
+  const flashcore_fp8_view x = flashcore_fp8_view_of(q, is_output);
+  const int64_t strides[3] = {x.tensor->stride_b, x.tensor->stride_s, x.tensor->stride_h}, start = (int64_t)(uintptr_t)x.tensor->data;
+  flashcore_fp8_span span = {is_output ? "out" : "x", start, start + x.extents[3] * x.bytes};
   for (int i = 0; i < 3; ++i) {
-    if (extents[i] <= 1) continue;
-    const int64_t limit = reach / (extents[i] - 1);
-    if (strides[i] * bytes % 16 != 0 || (is_output && strides[i] == 0))
-      return flashcore_refuse(error, FLASHCORE_INVALID_STRIDE, field, strides[i], 16 / bytes, "%s: a stride is %lld, must be a multiple of %d%s",
-                              field, (long long)strides[i], (int)(16 / bytes), is_output ? " other than 0" : "");
-    if (strides[i] > limit || strides[i] < -limit)
-      return flashcore_refuse(error, FLASHCORE_OFFSET_OVERFLOW, field, strides[i], limit, "%s: a stride is %lld, must be at most %lld", field,
-                              (long long)strides[i], (long long)limit);
+    const int64_t reach = x.extents[i] > 1 ? strides[i] * (x.extents[i] - 1) * x.bytes : 0;
+    if (reach < 0) span.low += reach;
+    else span.high += reach;
   }
+  return span;
+}
+static flashcore_fp8_span flashcore_fp8_span_of_array(const char *field, const void *data, int64_t count) {
+  const int64_t start = (int64_t)(uintptr_t)data;
+  const flashcore_fp8_span span = {field, start, start + (data ? 4 * count : 0)};
+  return span;
+}
+
+/* Outputs are written while inputs and other outputs are read. */
+static flashcore_status flashcore_fp8_validate_aliases(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+  const int64_t heads = (int64_t)q->batch * q->heads;
+  const int one = q->granularity == FLASHCORE_FP8_PER_TENSOR || q->granularity == FLASHCORE_FP8_GIVEN;
+  const flashcore_fp8_span spans[] = {
+      flashcore_fp8_span_of_tensor(q, 1), /* outputs first */
+      flashcore_fp8_span_of_array("descale", q->descale, one ? 1 : heads * flashcore_fp8_blocks(q)),
+      flashcore_fp8_span_of_array("mean", q->mean, heads * q->dim),
+      flashcore_fp8_span_of_tensor(q, 0),
+      flashcore_fp8_span_of_array("seqlens", q->seqlens, q->batch),
+  };
+  for (int i = 0; i < 3; ++i)
+    for (int j = i + 1; j < FLASHCORE_COUNT(spans); ++j)
+      if (spans[i].low < spans[j].high && spans[j].low < spans[i].high && spans[i].low < spans[i].high && spans[j].low < spans[j].high)
+        return flashcore_refuse(error, FLASHCORE_ALIASED_OUTPUT, spans[i].field, spans[i].low, spans[j].low,
+                                "%s overlaps %s: an output's bytes, first to last, must be its own", spans[i].field, spans[j].field);
   return FLASHCORE_OK;
 }
 
-static inline flashcore_status flashcore_fp8_check_floats(const char *field, const float *p, int required, flashcore_error *error) {
-  if (!p && required) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, field, 0, 0, "%s is null: it is needed here", field);
-  if ((uintptr_t)p % 4 != 0)
-    return flashcore_refuse(error, FLASHCORE_MISALIGNED, field, (int64_t)(uintptr_t)p, 4, "%s is %p: must be a multiple of 4 bytes", field,
-                            (const void *)p);
-  return FLASHCORE_OK;
-}
-
-static inline flashcore_status flashcore_fp8_validate(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
+static flashcore_status flashcore_fp8_validate(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
   if (!q) return flashcore_refuse(error, FLASHCORE_NULL_POINTER, "quantise_args", 0, 0, "quantise_args is null: a descriptor is needed");
   if (q->struct_size != sizeof *q)
     return flashcore_refuse(error, FLASHCORE_INVALID_STRUCT_SIZE, "struct_size", (int64_t)q->struct_size, (int64_t)sizeof *q,
                             "struct_size is %lld: must be %lld (call flashcore_fp8_quantise_init)", (long long)q->struct_size, (long long)sizeof *q);
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_types(q, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("batch", q->batch, 1, INT32_MAX, 1, FLASHCORE_INVALID_SIZE, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("rows", q->rows, 1, FLASHCORE_MAX_SEQ, 1, FLASHCORE_INVALID_SIZE, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("heads", q->heads, 1, INT32_MAX, 1, FLASHCORE_INVALID_SIZE, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_range("dim", q->dim, 16, FLASHCORE_MAX_DIM, 16, FLASHCORE_UNSUPPORTED_DIM, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_scales(q, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_tensor(q, 0, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_tensor(q, 1, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_floats("descale", q->descale, q->granularity != FLASHCORE_FP8_GIVEN, error));
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_floats("mean", q->mean, 0, error));
-  if (q->x.data == q->out.data)
-    return flashcore_refuse(error, FLASHCORE_ALIASED_OUTPUT, "out", (int64_t)(uintptr_t)q->out.data, 0, "out is also the input's address");
-  const int64_t heads = (int64_t)q->batch * q->heads, per_head = q->rows < 16 ? 16 : q->rows; /* at least the blocks of any kernel */
-  return flashcore_fp8_check_range("batch", heads, 1, INT32_MAX / per_head, 1, FLASHCORE_INVALID_SIZE, error);
+  FLASHCORE_TRY(flashcore_fp8_validate_types(q, error));
+  FLASHCORE_TRY(flashcore_fp8_validate_sizes(q, error));
+  FLASHCORE_TRY(flashcore_fp8_validate_scales(q, error));
+  FLASHCORE_TRY(flashcore_fp8_validate_tensors(q, error));
+  return flashcore_fp8_validate_aliases(q, error);
 }
-#endif
 
-#if !defined(__CUDACC_RTC__) && defined(__CUDACC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
-
-static inline flashcore_status flashcore_fp8_launch(const void *kernel, int64_t blocks, int threads, const flashcore_fp8_quantise_args *q,
-                                                    flashcore_stream stream, flashcore_error *error) {
+#if defined(__CUDACC__)
+static flashcore_status flashcore_fp8_launch(const void *kernel, int64_t blocks, int threads, const flashcore_fp8_quantise_args *q,
+                                             const flashcore::quantise_plan *plan, flashcore_stream stream, flashcore_error *error) {
   flashcore_fp8_quantise_args args = *q;
-  void *kernel_args[1] = {&args};
+  flashcore::quantise_plan its_plan = *plan;
+  void *kernel_args[2] = {&args, &its_plan}; /* a kernel takes as many as it has parameters */
   const cudaError_t code = cudaLaunchKernel(kernel, dim3((unsigned)blocks), dim3((unsigned)threads), kernel_args, 0, stream);
   return code == cudaSuccess ? FLASHCORE_OK : flashcore_cuda_refuse(error, "cudaLaunchKernel", code);
 }
 
 template <typename T>
 static flashcore_status flashcore_fp8_quantise_of(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
-  using tile = flashcore::quantise_tile;
-  const int64_t heads = (int64_t)q->batch * q->heads, per_block = flashcore::quantise_rows_per_block(*q);
+  using namespace flashcore;
+  const int64_t heads = (int64_t)q->batch * q->heads, slice = quantise_tile::kMeanColumns * 16 / (int64_t)sizeof(T);
   const bool two_passes = q->granularity == FLASHCORE_FP8_PER_TENSOR || q->granularity == FLASHCORE_FP8_PER_HEAD;
-  if (q->mean)
-    FLASHCORE_FP8_TRY(flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_mean_kernel<T>),
-                                           heads * ((q->dim + tile::kMeanDims - 1) / tile::kMeanDims), tile::kMeanThreads, q, stream, error));
+  quantise_plan plan = make_quantise_plan(*q, false);
+  if (q->mean) {
+    FLASHCORE_TRY(flashcore_fp8_launch(reinterpret_cast<const void *>(&quantise_mean_kernel<T>), heads * ((q->dim + slice - 1) / slice),
+                                       quantise_tile::kMeanThreads, q, &plan, stream, error));
+    plan.backwards = 1;
+  }
   if (two_passes) {
     const size_t bytes = sizeof(float) * (q->granularity == FLASHCORE_FP8_PER_HEAD ? (size_t)heads : 1);
     const cudaError_t code = cudaMemsetAsync(q->descale, 0, bytes, stream);
     if (code != cudaSuccess) return flashcore_cuda_refuse(error, "cudaMemsetAsync", code);
-    FLASHCORE_FP8_TRY(flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_amax_kernel<T>),
-                                           heads * ((q->rows + per_block - 1) / per_block), tile::kThreads, q, stream, error));
+    FLASHCORE_TRY(
+        flashcore_fp8_launch(reinterpret_cast<const void *>(&quantise_amax_kernel<T>), heads * plan.blocks, plan.threads, q, &plan, stream, error));
+    plan.backwards = !plan.backwards;
   }
-  return flashcore_fp8_launch(reinterpret_cast<const void *>(&flashcore::quantise_kernel<T>), heads * ((q->rows + per_block - 1) / per_block),
-                              tile::kThreads, q, stream, error);
+  const void *const kernel =
+      q->transposed ? reinterpret_cast<const void *>(&quantise_kernel<T, true>) : reinterpret_cast<const void *>(&quantise_kernel<T, false>);
+  return flashcore_fp8_launch(kernel, heads * plan.blocks, plan.threads, q, &plan, stream, error);
 }
 
 FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
-  int device = 0, major = 0, minor = 0;
-  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
-  cudaError_t code = cudaGetDevice(&device);
-  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (code != cudaSuccess)
-    return flashcore_refuse(error, FLASHCORE_INVALID_DEVICE, "device", device, 0, "there is no CUDA device: %s", cudaGetErrorString(code));
-  if (!flashcore_arch_compiled(10 * major + minor, 75))
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", 10 * major + minor, 75, "sm_%d: the quantiser was not compiled for it",
-                            10 * major + minor);
+  flashcore_device device;
+  FLASHCORE_TRY(flashcore_fp8_validate(q, error));
+  FLASHCORE_TRY(flashcore_query_device(-1, &device, error));
+  FLASHCORE_TRY(flashcore_check_arch(&device, "quantise", 75, error));
 #if !defined(FLASHCORE_NO_F32)
   if (q->dtype == FLASHCORE_F32) return flashcore_fp8_quantise_of<float>(q, stream, error);
 #endif
@@ -1983,28 +2189,28 @@ FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quanti
   return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", q->dtype, 0, "dtype: the quantiser was compiled without type %d",
                           (int)q->dtype);
 }
-#endif
-
-#if defined(FLASHCORE_IMPLEMENTATION) && !defined(__CUDACC_RTC__)
-#if !defined(__CUDACC__)
+#else
 FLASHCORE_API flashcore_status flashcore_fp8_quantise(const flashcore_fp8_quantise_args *q, flashcore_stream stream, flashcore_error *error) {
   (void)stream;
-  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
+  FLASHCORE_TRY(flashcore_fp8_validate(q, error));
   return flashcore_no_cuda(error);
 }
 #endif
 
 /* The mean of dim d over the rows of a head, added up as the kernel does it. */
 static float flashcore_fp8_mean_at(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t d) {
-  const int32_t rows = flashcore_fp8_rows(q, b);
-  float sum = 0.f;
-  for (int32_t lane = 0; lane < FLASHCORE_FP8_MEAN_LANES; ++lane) {
-    float part = 0.f;
-    for (int32_t row = lane; row < rows; row += FLASHCORE_FP8_MEAN_LANES)
-      part += (float)flashcore_load(q->x.data, q->dtype, b * q->x.stride_b + row * q->x.stride_s + h * q->x.stride_h + d);
-    sum = lane == 0 ? part : sum + part;
+  const int32_t rows = flashcore_fp8_rows(q, b), lanes = FLASHCORE_FP8_MEAN_LANES;
+  float part[FLASHCORE_FP8_MEAN_LANES] = {0.f};
+  int32_t count = 0;
+  for (int32_t row = 0; row < rows; ++row) {
+    const float x = (float)flashcore_load(q->x.data, q->dtype, b * q->x.stride_b + row * q->x.stride_s + h * q->x.stride_h + d);
+    if (!(fabsf(x) <= FLT_MAX)) continue;
+    part[row % lanes] += x;
+    ++count;
   }
-  return rows > 0 ? sum / (float)rows : 0.f;
+  for (int32_t step = 1; step < lanes; step *= 2)
+    for (int32_t lane = 0; lane < lanes; lane += 2 * step) part[lane] += part[lane + step];
+  return flashcore_fp8_mean(part[0], count);
 }
 /* A row as it will be rounded. */
 static void flashcore_fp8_row(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t row, float *x) {
@@ -2039,15 +2245,16 @@ static void flashcore_fp8_store_rows(const flashcore_fp8_quantise_args *q, int32
   for (int32_t row = first; row < last; ++row) {
     flashcore_fp8_row(q, b, h, row, x);
     for (int32_t d = 0; d < q->dim; ++d) {
+      const int64_t at = q->transposed ? d * q->out.stride_s + row : row * q->out.stride_s + d;
       const float scaled = x[d] * factor;
-      flashcore_store(q->out.data, q->dtype_out, b * q->out.stride_b + row * q->out.stride_s + h * q->out.stride_h + d, (double)scaled);
+      flashcore_store(q->out.data, q->dtype_out, b * q->out.stride_b + h * q->out.stride_h + at, (double)scaled);
     }
   }
 }
 
 /* All scales first, each at the index where the kernels put it, then all rows. */
 FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_fp8_quantise_args *q, flashcore_error *error) {
-  FLASHCORE_FP8_TRY(flashcore_fp8_validate(q, error));
+  FLASHCORE_TRY(flashcore_fp8_validate(q, error));
   const int32_t blocks = flashcore_fp8_blocks(q), block_rows = q->granularity == FLASHCORE_FP8_PER_BLOCK ? q->block_rows : q->rows;
   const int one = q->granularity == FLASHCORE_FP8_PER_TENSOR || q->granularity == FLASHCORE_FP8_GIVEN;
   const int64_t heads = (int64_t)q->batch * q->heads;
@@ -2074,6 +2281,12 @@ FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_
  * 13  Attention: plan and launch
  * ================================================================================================================================ */
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
+
+#define FLASHCORE_FP8_TRY(call)                                                                                                                      \
+  do {                                                                                                                                               \
+    const flashcore_status fp8_status = (call);                                                                                                      \
+    if (fp8_status != FLASHCORE_OK) return fp8_status;                                                                                               \
+  } while (0)
 
 /* Is Q fp16 or bf16 beside fp8 K and V? */
 static bool flashcore_fp8_is_mixed(const flashcore_attention *a) {

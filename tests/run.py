@@ -36,6 +36,7 @@ COST_HEADERS = [h for h in ("flashcore.h", "flashcore_wmma.cuh") if h in HEADERS
 COST_SECONDS = 60
 
 C_WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+IMPLEMENTATION = "-DFLASHCORE_IMPLEMENTATION"
 NVCC = ["nvcc", "-std=c++17", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", "-I.", "-I" + COMPILE]
 OLD_STUBS = ["-static-global-template-stub=false"]  # as before CUDA 13: a template kernel that is not static leaves a weak symbol
 QUICK = ["-Xcicc", "-O1", "-Xptxas", "-O1"]  # less optimisation: machine code in half the time
@@ -253,13 +254,17 @@ def other_arches(header):
 
 def implementation_defines(header):
     """flashcore.h implements everything of its own; a backend header, its backends alone."""
-    macro = "FLASHCORE_IMPLEMENTATION" if header == "flashcore.h" else "FLASHCORE_BACKEND_IMPLEMENTATION"
-    return [f"-D{macro}", f'-DFLASHCORE_TEST_HEADER="{header}"']
+    macro = IMPLEMENTATION if header == "flashcore.h" else "-DFLASHCORE_BACKEND_IMPLEMENTATION"
+    return [macro, f'-DFLASHCORE_TEST_HEADER="{header}"']
 
 
 def units(header):
-    """The files that the README spreads a header over, by what they define: the two 16-bit types in two files build in parallel. Of fp8, each mode."""
-    by_header = {"flashcore_wmma.cuh": [["-DFLASHCORE_NO_BF16"], ["-DFLASHCORE_NO_F16"]], "flashcore_fp8.cuh": [[], ["-DFLASHCORE_FP8_FAST"]]}
+    """The files that the README spreads a header over, by what they define: the two 16-bit types in two files build in parallel. Of fp8, each mode, and
+    the quantisers, which come with the implementation of flashcore.h."""
+    by_header = {
+        "flashcore_wmma.cuh": [["-DFLASHCORE_NO_BF16"], ["-DFLASHCORE_NO_F16"]],
+        "flashcore_fp8.cuh": [[], ["-DFLASHCORE_FP8_FAST"], [IMPLEMENTATION, "-DFLASHCORE_NO_E4M3", "-DFLASHCORE_NO_E5M2"]],
+    }
     return by_header.get(header, [[]])
 
 
@@ -387,7 +392,7 @@ OPTIONS = ("FLASHCORE_NO_F32", "FLASHCORE_NO_F16", "FLASHCORE_NO_BF16", "FLASHCO
 
 
 def option_compiles(option):
-    defines = ["-DFLASHCORE_IMPLEMENTATION", '-DFLASHCORE_TEST_HEADER="all_headers.h"', f"-D{option}"]
+    defines = [IMPLEMENTATION, '-DFLASHCORE_TEST_HEADER="all_headers.h"', f"-D{option}"]
     sh([*NVCC, *PTX_ONLY, *defines, "-c", f"{COMPILE}/implementation.cu", "-o", out("options", option + ".o")])
 
 
@@ -401,8 +406,10 @@ def option_checks():
 
 
 def gated_kernels(header):
+    """Of a header's files; those of flashcore.h, which the quantisers' file holds too, are gated with flashcore.h."""
     results = [OBJECTS.get(header, u, a) for u in range(len(units(header))) for a in gated_arches(header)]
-    return [kernel for result in results for kernel in resources.parse(result["log"])]
+    kernels = [kernel for result in results for kernel in resources.parse(result["log"])]
+    return [k for k in kernels if header == "flashcore.h" or not k["name"].startswith(("simt_", "merge_"))]
 
 
 def gate(header):
@@ -519,22 +526,29 @@ def gpu_mode():
 
 
 def link_two_files():
-    everything = ['-DFLASHCORE_TEST_HEADER="all_headers.h"', "-DFLASHCORE_IMPLEMENTATION"]
+    everything = ['-DFLASHCORE_TEST_HEADER="all_headers.h"', IMPLEMENTATION]
     objects = [cuda_object("implementation.cu", "everything", *everything), cuda_object("user.cu", "user")]
-    objects.append(c_object("program.c", "program", "-DFLASHCORE_TEST_USER_FILE"))
+    objects.append(c_object("program.c", "program", "-DFLASHCORE_TEST_USER_FILE", "-DFLASHCORE_TEST_QUANTISERS"))
     note = check_symbols(objects)
     link_and_run("two_files", objects, gpu_mode())
     return note
 
 
+def spread_objects():
+    """Every file of every header; flashcore.h's own are among those of its quantisers' file, which comes first."""
+    files = sorted(((h, u) for h in HEADERS[1:] for u in range(len(units(h)))), key=lambda file: IMPLEMENTATION not in units(file[0])[file[1]])
+    return [cuda_object("implementation.cu", f"spread_{h}_{u}", *implementation_defines(h), *units(h)[u]) for h, u in files]
+
+
 def link_spread_backends():
-    objects = []
-    for header in HEADERS:
-        for unit, defines in enumerate(units(header)[:1] if header == "flashcore_fp8.cuh" else units(header)):
-            objects.append(cuda_object("implementation.cu", f"spread_{header}_{unit}", *implementation_defines(header), *defines))
-    objects.append(c_object("program.c", "spread_program"))
+    """With a CUDA implementation, and with one compiled as C, which has nothing launched but links all the same."""
+    implementation, *backends = spread_objects()
+    objects = [implementation, *backends, c_object("program.c", "spread_program", "-DFLASHCORE_TEST_QUANTISERS")]
     note = check_symbols(objects)
     link_and_run("spread_backends", objects, gpu_mode())
+    objects[0] = c_object("header.c", "spread_c_implementation", IMPLEMENTATION, "-DFLASHCORE_TEST_QUANTISERS")
+    check_symbols(objects)
+    link_and_run("spread_backends_of_c", objects, "no-cuda")
     return note
 
 
@@ -548,7 +562,7 @@ def link_copies(name, first, second):
 
 
 def link_c_only():
-    objects = [c_object("header.c", "c_implementation", "-DFLASHCORE_IMPLEMENTATION"), c_object("program.c", "c_program")]
+    objects = [c_object("header.c", "c_implementation", IMPLEMENTATION), c_object("program.c", "c_program")]
     note = check_symbols(objects)
     link_and_run("c_only", objects, "no-cuda", linker=("gcc",))
     return note
@@ -654,7 +668,7 @@ def host_parts_with_oldest_headers(header):
     headers: preprocessed as nvcc does it, then parsed by the CUDA front end of the toolkit at hand."""
     _, includes = old_cuda("12.0")
     version = ["-D__CUDACC_VER_MAJOR__=12", "-D__CUDACC_VER_MINOR__=0", "-D__CUDACC_VER_BUILD__=140"]
-    defines = ["-D__CUDACC__", "-D__NVCC__", "-D__CUDA_ARCH_LIST__=800", *version, *implementation_defines(header)]
+    defines = ["-D__CUDACC__", "-D__NVCC__", "-D__CUDA_ARCH_LIST__=800", *version, IMPLEMENTATION, *implementation_defines(header)]
     search = ["-I.", "-I" + COMPILE, *(flag for path in includes for flag in ("-isystem", path))]
     base = out("oldest", header)
     sh(["g++", "-std=c++17", "-E", "-x", "c++", *defines, *search, "-include", "cuda_runtime.h", f"{COMPILE}/implementation.cu", "-o", base + ".ii"])

@@ -62,7 +62,7 @@ class QuantiseStruct(ctypes.Structure):  # flashcore_fp8_quantise_args, field by
         + _fields(TensorView, "x out")
         + [("seqlens", c_void_p)]
         + _fields(c_int32, "granularity block_rows")
-        + [("scale", c_float), ("descale", c_void_p), ("mean", c_void_p), ("rotation", c_int32)]
+        + [("scale", c_float), ("descale", c_void_p), ("mean", c_void_p), ("rotation", c_int32), ("transposed", c_int32)]
     )
 
 

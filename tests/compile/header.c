@@ -1,6 +1,9 @@
 /* flashcore.h in a file of its own, included twice; compiled as C and as C++ under each macro that changes it. */
 #include "flashcore.h"
 #include "flashcore.h"
+#if defined(FLASHCORE_TEST_QUANTISERS)
+#include "flashcore_fp8.cuh"
+#endif
 
 /* Anything that a user writes without the implementation: types, enumerators, inline helpers, declarations. */
 int use_flashcore_header(void);

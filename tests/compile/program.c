@@ -3,7 +3,11 @@
  *   program no-cuda   linked with an implementation compiled as C:       FLASHCORE_BACKEND_NOT_COMPILED
  *   program gpu       linked with a CUDA implementation, GPU present:    the reference only */
 #include "flashcore.h"
+#if defined(FLASHCORE_TEST_QUANTISERS)
+#include "flashcore_fp8.cuh"
+#endif
 
+#include <stdalign.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -18,6 +22,28 @@ static void expect(int ok, const char *what) {
   printf("program.c: %s\n", what);
   failures++;
 }
+
+#if defined(FLASHCORE_TEST_QUANTISERS)
+/* A row of ones: its scale makes them the largest number. */
+static void expect_quantisers(int has_gpu, flashcore_status without) {
+  alignas(16) float x[16];
+  alignas(16) uint8_t out[16];
+  float descale = 0.f;
+  flashcore_error error;
+  flashcore_fp8_quantise_args q;
+  for (int i = 0; i < 16; ++i) x[i] = 1.f;
+  flashcore_fp8_quantise_init(&q);
+  q.dtype = FLASHCORE_F32;
+  q.batch = q.rows = q.heads = 1;
+  q.dim = 16;
+  q.x = flashcore_bshd(x, 1, 1, 16);
+  q.out = flashcore_bshd(out, 1, 1, 16);
+  q.descale = &descale;
+  expect(flashcore_fp8_quantise_reference(&q, &error) == FLASHCORE_OK && descale == 1.f / 448.f && out[15] == 0x7e,
+         "the quantisers' reference fails");
+  if (!has_gpu) expect(flashcore_fp8_quantise(&q, NULL, &error) == without, "flashcore_fp8_quantise does not give the status for no GPU");
+}
+#endif
 
 int main(int argc, char **argv) {
   const char *mode = argc > 1 ? argv[1] : "";
@@ -44,8 +70,11 @@ int main(int argc, char **argv) {
 #if defined(FLASHCORE_TEST_USER_FILE)
   expect(user_file_works(), "the second file does not work");
 #endif
+  const flashcore_status expected = strcmp(mode, "no-cuda") == 0 ? FLASHCORE_BACKEND_NOT_COMPILED : FLASHCORE_INVALID_DEVICE;
+#if defined(FLASHCORE_TEST_QUANTISERS)
+  expect_quantisers(strcmp(mode, "gpu") == 0, expected);
+#endif
   if (strcmp(mode, "gpu") != 0) {
-    const flashcore_status expected = strcmp(mode, "no-cuda") == 0 ? FLASHCORE_BACKEND_NOT_COMPILED : FLASHCORE_INVALID_DEVICE;
     memset(&error, 0, sizeof error);
     expect(flashcore_supported(&a, -1, &error) == expected, "flashcore_supported does not give the status for a machine without a GPU");
     expect(error.message[0] != '\0', "flashcore_supported refuses without a message");

@@ -299,65 +299,101 @@ static void test_accuracy() {
 /* ---- quantisers ---------------------------------------------------------------------------------------------------------------- */
 
 struct QuantiseCase {
-  int dtype, dtype_out, granularity, block_rows, smooth, rotation, dim, rows, lengths;
+  int dtype, dtype_out, granularity, block_rows, smooth, rotation, dim, rows, lengths, bhsd, transposed;
+};
+static std::string describe(const QuantiseCase &x) {
+  return format("dtype %d to %d, granularity %d, block_rows %d, smooth %d, rotation %d, dim %d, rows %d, lengths %d, bhsd %d, transposed %d", x.dtype,
+                x.dtype_out, x.granularity, x.block_rows, x.smooth, x.rotation, x.dim, x.rows, x.lengths, x.bhsd, x.transposed);
+}
+
+/* One case, in host memory: normal numbers, some zeros and, rarely, what is no number. */
+struct QuantiseProblem {
+  static constexpr int kBatch = 2, kHeads = 3;
+  std::vector<uint8_t> in, out;
+  std::vector<float> descale, mean;
+  std::vector<int32_t> lengths;
+  flashcore_fp8_quantise_args q;
+
+  explicit QuantiseProblem(const QuantiseCase &x) : lengths{x.rows / 3, x.rows + 5} {
+    const int count = kBatch * x.rows * kHeads * x.dim, pitch = (x.rows + 15) / 16 * 16 + 16;
+    const double special[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0, 1e-30};
+    std::mt19937 rng(99);
+    std::normal_distribution<double> normal;
+    in.resize((size_t)count * flashcore_dtype_bytes(x.dtype));
+    for (int i = 0; i < count; ++i) {
+      const int kind = (int)(rng() % 30001);
+      flashcore_store(in.data(), x.dtype, i, kind < 6 ? special[kind] : normal(rng) * (1 + i % x.dim % 7) + i % 3);
+    }
+    out.assign((size_t)kBatch * kHeads * x.dim * std::max(x.rows, pitch), 0xa5);
+    descale.assign((size_t)(kBatch * kHeads * x.rows), 7.f);
+    mean.assign((size_t)(kBatch * kHeads * x.dim), 7.f);
+    flashcore_fp8_quantise_init(&q);
+    q.dtype = x.dtype, q.dtype_out = x.dtype_out, q.batch = kBatch, q.rows = x.rows, q.heads = kHeads, q.dim = x.dim;
+    q.granularity = x.granularity, q.block_rows = x.block_rows, q.rotation = x.rotation, q.scale = 0.03f, q.transposed = x.transposed;
+    q.x = x.bhsd ? flashcore_bhsd(nullptr, x.rows, kHeads, x.dim) : flashcore_bshd(nullptr, x.rows, kHeads, x.dim);
+    q.out = x.transposed ? flashcore_strided(nullptr, kHeads * x.dim * pitch, pitch, x.dim * pitch)
+            : x.bhsd     ? flashcore_bshd(nullptr, x.rows, kHeads, x.dim)
+                         : flashcore_bhsd(nullptr, x.rows, kHeads, x.dim);
+  }
+  void point(const QuantiseCase &x, void *to_in, void *to_out, float *to_descale, float *to_mean, int32_t *to_lengths) {
+    q.x.data = to_in, q.out.data = to_out, q.descale = to_descale;
+    q.mean = x.smooth ? to_mean : nullptr, q.seqlens = x.lengths ? to_lengths : nullptr;
+  }
 };
 
-/* Bytes, scales and means of the kernels against the reference's. "": equal. */
+/* Bytes, scales and means of the kernels against the reference's, and what they must not write. "": equal. */
 static std::string quantise_differs(const QuantiseCase &x) {
-  const int batch = 2, heads = 3, count = batch * x.rows * heads * x.dim, bytes = flashcore_dtype_bytes(x.dtype), scales = batch * heads * x.rows;
-  std::vector<uint8_t> in((size_t)count * bytes), out((size_t)count, 0xa5), got((size_t)count);
-  std::vector<float> descale((size_t)scales, 7.f), mean((size_t)(batch * heads * x.dim)), got_descale(descale), got_mean(mean);
-  const std::vector<int32_t> lengths = {x.rows / 3, x.rows + 5};
-  std::mt19937 rng(99);
-  std::normal_distribution<double> normal;
-  for (int i = 0; i < count; ++i) {
-    const int kind = (int)(rng() % 3001);
-    const double special[] = {NAN, INFINITY, -INFINITY, 0.0, -0.0, 1e-30};
-    flashcore_store(in.data(), x.dtype, i, kind < 6 && !x.smooth && !x.rotation ? special[kind] : normal(rng) * (1 + i % x.dim % 7) + i % 3);
-  }
-  Memory in_memory(in.size(), kPoison8), out_memory(out.size()), descale_memory(descale.size() * 4), mean_memory(mean.size() * 4), length_memory(8);
-  in_memory.upload(in), out_memory.upload(out), descale_memory.upload(descale), length_memory.upload(lengths);
-  flashcore_fp8_quantise_args q;
-  flashcore_fp8_quantise_init(&q);
-  q.dtype = x.dtype, q.dtype_out = x.dtype_out, q.batch = batch, q.rows = x.rows, q.heads = heads, q.dim = x.dim;
-  q.granularity = x.granularity, q.block_rows = x.block_rows, q.rotation = x.rotation, q.scale = 0.03f;
-  q.x = flashcore_bshd(in.data(), x.rows, heads, x.dim), q.out = flashcore_bshd(out.data(), x.rows, heads, x.dim);
-  q.descale = descale.data(), q.mean = x.smooth ? mean.data() : nullptr, q.seqlens = x.lengths ? lengths.data() : nullptr;
+  QuantiseProblem p(x);
+  Memory in(p.in.size(), kPoison8), out(p.out.size()), descale(p.descale.size() * 4), mean(p.mean.size() * 4), lengths(8);
+  in.upload(p.in), out.upload(p.out), descale.upload(p.descale), mean.upload(p.mean), lengths.upload(p.lengths);
   flashcore_error error = {};
-  if (flashcore_fp8_quantise_reference(&q, &error) != FLASHCORE_OK) return std::string("reference: ") + error.message;
-  q.x.data = in_memory.data(), q.out.data = out_memory.data(), q.descale = descale_memory.data<float>();
-  q.mean = x.smooth ? mean_memory.data<float>() : nullptr, q.seqlens = x.lengths ? length_memory.data<int32_t>() : nullptr;
-  if (flashcore_fp8_quantise(&q, nullptr, &error) != FLASHCORE_OK) return error.message;
+  p.point(x, p.in.data(), p.out.data(), p.descale.data(), p.mean.data(), p.lengths.data());
+  if (flashcore_fp8_quantise_reference(&p.q, &error) != FLASHCORE_OK) return std::string("reference: ") + error.message;
+  p.point(x, in.data(), out.data(), descale.data<float>(), mean.data<float>(), lengths.data<int32_t>());
+  if (flashcore_fp8_quantise(&p.q, nullptr, &error) != FLASHCORE_OK) return error.message;
   CUDA_OK(cudaDeviceSynchronize());
-  CUDA_OK(cudaMemcpy(got.data(), out_memory.data(), got.size(), cudaMemcpyDeviceToHost));
-  CUDA_OK(cudaMemcpy(got_descale.data(), descale_memory.data(), 4 * got_descale.size(), cudaMemcpyDeviceToHost));
-  if (x.smooth) CUDA_OK(cudaMemcpy(got_mean.data(), mean_memory.data(), 4 * got_mean.size(), cudaMemcpyDeviceToHost));
-  if (memcmp(got_descale.data(), descale.data(), 4 * descale.size())) return format("scales differ, first %g, not %g", got_descale[0], descale[0]);
-  if (x.smooth && memcmp(got_mean.data(), mean.data(), 4 * mean.size())) return format("means differ, first %g, not %g", got_mean[0], mean[0]);
-  for (int i = 0; i < count; ++i)
-    if (got[(size_t)i] != out[(size_t)i]) return format("element %d is 0x%02x, not 0x%02x", i, got[(size_t)i], out[(size_t)i]);
+  std::vector<uint8_t> got(p.out.size());
+  std::vector<float> got_descale(p.descale.size()), got_mean(p.mean.size());
+  CUDA_OK(cudaMemcpy(got.data(), out.data(), got.size(), cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(got_descale.data(), descale.data(), 4 * got_descale.size(), cudaMemcpyDeviceToHost));
+  CUDA_OK(cudaMemcpy(got_mean.data(), mean.data(), 4 * got_mean.size(), cudaMemcpyDeviceToHost));
+  for (size_t i = 0; i < got_descale.size(); ++i)
+    if (memcmp(&got_descale[i], &p.descale[i], 4)) return format("scale %zu is %g, not %g", i, got_descale[i], p.descale[i]);
+  for (size_t i = 0; i < got_mean.size(); ++i)
+    if (memcmp(&got_mean[i], &p.mean[i], 4)) return format("mean %zu is %g, not %g", i, got_mean[i], p.mean[i]);
+  for (size_t i = 0; i < got.size(); ++i)
+    if (got[i] != p.out[i]) return format("byte %zu is 0x%02x, not 0x%02x", i, got[i], p.out[i]);
   return "";
 }
 
+/* A case of every choice, at random but for types and granularity. */
+static QuantiseCase random_case(std::mt19937 &rng, int dtype, int dtype_out, int granularity) {
+  const int dims[] = {16, 48, 64, 80, 96, 128, 192, 256, 496, 512}, rows[] = {1, 16, 63, 64, 130, 300, 1104},
+            rotations[] = {0, 0, 16, 32, 64, 128, 256, 512};
+  QuantiseCase x = {};
+  x.dtype = dtype, x.dtype_out = dtype_out, x.granularity = granularity;
+  x.dim = dims[rng() % std::size(dims)], x.rows = rows[rng() % std::size(rows)];
+  x.smooth = rng() % 2, x.lengths = rng() % 3 == 0, x.bhsd = rng() % 2;
+  x.rotation = rotations[rng() % std::size(rotations)];
+  if (x.rotation && x.dim % x.rotation) x.rotation = 16;
+  x.block_rows = x.rows % 48 == 0 ? x.rows / 3 : x.rows % 2 || rng() % 2 ? x.rows : x.rows / 2;
+  x.transposed = rng() % 3 == 0 && (granularity != FLASHCORE_FP8_PER_BLOCK || x.block_rows % 16 == 0);
+  return x;
+}
+
 static void test_quantisers() {
-  const int dims[] = {16, 64, 96, 128, 256, 512}, rows[] = {1, 63, 64, 130, 300};
   for (int granularity = 0; granularity < 4; ++granularity) {
     const std::string name = format("quantiser_kernels_equal_the_reference.granularity_%d", granularity);
     if (!wanted(name)) continue;
+    std::mt19937 rng((unsigned)granularity);
     std::string why;
     int cases = 0;
     for (int dtype : {FLASHCORE_F32, FLASHCORE_F16, FLASHCORE_BF16})
       for (int dtype_out : kTypes)
-        for (int n = 0; n < 20 && why.empty(); ++n) {
-          QuantiseCase x = {dtype, dtype_out, granularity, 0, n % 2, 0, dims[n % 6], rows[n % 5], n % 3 == 2};
-          const int rotations[] = {0, 16, 32, 64, 128};
-          x.rotation = x.dim % std::max(1, rotations[n % 5]) == 0 ? rotations[n % 5] : 0;
-          x.block_rows = x.rows % 2 ? x.rows : x.rows / 2;
+        for (int n = 0; n < (quick ? 10 : 40) && why.empty(); ++n, ++cases) {
+          const QuantiseCase x = random_case(rng, dtype, dtype_out, granularity);
           why = quantise_differs(x);
-          if (!why.empty())
-            why += format("; dtype %d to %d, block_rows %d, smooth %d, rotation %d, dim %d, rows %d, lengths %d", x.dtype, x.dtype_out, x.block_rows,
-                          x.smooth, x.rotation, x.dim, x.rows, x.lengths);
-          ++cases;
+          if (!why.empty()) why += "; " + describe(x);
         }
     if (why.empty()) report().ok(name, format("%d cases", cases));
     else report().fail(name, why);
