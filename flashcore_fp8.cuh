@@ -248,12 +248,9 @@ FLASHCORE_DEVICE float fp8_normal(float x) { return x >= 0.f ? fminf(fmaxf(x, 1.
  *                            else a tile, whose scale is there
  * Each kernel goes through the rows the other way than the one before: it starts with what L2 still holds. */
 struct quantise_tile {
-  static constexpr int kPiece = 16, kPieces = 2, kThreads = 256;
+  static constexpr int kPiece = 16, kPieces = 4, kThreads = 128, kBlocksPerSm = 4; /* 64 KiB of 16-bit elements on their way to an SM */
   static constexpr int kMeanThreads = 256, kMeanColumns = kMeanThreads / FLASHCORE_FP8_MEAN_LANES, kMeanLoads = 8;
 };
-
-/* What the register cap is made for: 48 KiB and more on their way to an SM, whatever the element. */
-template <typename T> struct quantise_occupancy { static constexpr int kBlocksPerSm = sizeof(T) == 4 ? 2 : 3; };
 
 /* How rows fall on blocks of threads: heads fastest, since their rows are often neighbours in memory, then batch, then rows. */
 struct quantise_plan {
@@ -268,7 +265,7 @@ struct quantise_plan {
 };
 FLASHCORE_INLINE quantise_plan make_quantise_plan(const flashcore_fp8_quantise_args &q, bool backwards) {
   const bool own_rows = q.granularity == FLASHCORE_FP8_PER_BLOCK;
-  const int32_t pieces = q.dim / quantise_tile::kPiece, unit = q.transposed ? 8 : 1; /* a transposed tile has whole strips */
+  const int32_t pieces = q.dim / quantise_tile::kPiece, unit = q.transposed ? 16 / quantise_tile::kPieces : 1; /* a transposed tile is whole strips */
   const int32_t most = quantise_tile::kThreads / pieces / unit * unit, rows = own_rows ? q.block_rows : q.rows;
   const int32_t few = ((rows - 1) / (quantise_tile::kPieces * unit) + 1) * unit;
   quantise_plan p;
@@ -390,7 +387,8 @@ FLASHCORE_DEVICE float quantise_scale(const flashcore_fp8_quantise_args &q, cons
   amax = warp_max(amax);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = amax;
   __syncthreads();
-  for (int warp = 0; warp < p.threads / 32; ++warp) amax = fmaxf(amax, of_warp[warp]);
+#pragma unroll
+  for (int warp = 0; warp < quantise_tile::kThreads / 32; ++warp) amax = fmaxf(amax, warp < p.threads / 32 ? of_warp[warp] : 0.f);
   return flashcore_fp8_descale(amax, q.dtype_out);
 }
 /* Where the scale of the rows lies. */
@@ -463,7 +461,7 @@ FLASHCORE_DEVICE void quantise_store_transposed(const flashcore_fp8_quantise_arg
 /* A thread's rows of a head, dims dim and on: their sum for each dim. kSkips: of finite values alone; what it leaves out, it counts. */
 template <typename T, bool kSkips>
 FLASHCORE_DEVICE void quantise_sum(const T *x, int64_t stride, int32_t row, int32_t rows, float (&sum)[16 / sizeof(T)], int32_t *skipped) {
-  constexpr int kLanes = FLASHCORE_FP8_MEAN_LANES, kLoads = quantise_tile::kMeanLoads, kPerLoad = 16 / (int)sizeof(T);
+  constexpr int kLanes = FLASHCORE_FP8_MEAN_LANES, kLoads = kSkips ? 1 : quantise_tile::kMeanLoads, kPerLoad = 16 / (int)sizeof(T);
 #pragma unroll
   for (float &of_dim : sum) of_dim = 0.f;
   for (; row < rows; row += kLoads * kLanes) {
@@ -486,7 +484,7 @@ FLASHCORE_DEVICE void quantise_sum(const T *x, int64_t stride, int32_t row, int3
 }
 /* callers  heads * batch * ceil(dim bytes / 64) blocks of quantise_tile::kMeanThreads */
 template <typename T>
-FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kMeanThreads, quantise_occupancy<T>::kBlocksPerSm)
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kMeanThreads, quantise_tile::kBlocksPerSm)
     quantise_mean_kernel(const __grid_constant__ flashcore_fp8_quantise_args q) {
   constexpr int kColumns = quantise_tile::kMeanColumns, kPerLoad = 16 / (int)sizeof(T), kDims = kColumns * kPerLoad;
   constexpr int kWarps = quantise_tile::kMeanThreads / 32;
@@ -523,7 +521,7 @@ FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kMeanThreads, quantise_oc
 }
 /* callers  heads * batch * plan.blocks blocks of plan.threads; `descale` is zero before */
 template <typename T>
-FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_occupancy<T>::kBlocksPerSm)
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_tile::kBlocksPerSm)
     quantise_amax_kernel(const __grid_constant__ flashcore_fp8_quantise_args q, const __grid_constant__ quantise_plan plan) {
   const quantise_share s = quantise_share_of(q, plan);
   quantise_values x;
@@ -532,7 +530,7 @@ FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_occupa
 }
 /* callers  heads * batch * plan.blocks blocks of plan.threads; kTransposed: as q.transposed */
 template <typename T, bool kTransposed>
-FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_occupancy<T>::kBlocksPerSm)
+FLASHCORE_KERNEL void __launch_bounds__(quantise_tile::kThreads, quantise_tile::kBlocksPerSm)
     quantise_kernel(const __grid_constant__ flashcore_fp8_quantise_args q, const __grid_constant__ quantise_plan plan) {
   const quantise_share s = quantise_share_of(q, plan);
   const bool own_scale = q.granularity == FLASHCORE_FP8_PER_BLOCK, given = q.granularity == FLASHCORE_FP8_GIVEN;

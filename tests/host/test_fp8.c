@@ -184,6 +184,14 @@ static void a_row_of_nan_and_infinity_spoils_no_other(void) {
   }
 }
 
+static void a_sum_past_fp32_leaves_the_mean_out(void) {
+  flashcore_fp8_quantise_args q = problem();
+  q.mean = mean;
+  for (int row = 0; row < kRows; ++row) input[index_of(1, row, 2, 3)] = 3e38f;
+  quantised(&q);
+  CHECK(mean[(1 * kHeads + 2) * kDim + 3] == 0.f && output[index_of(1, 0, 2, 3)] == 0x7e && descale[1 * kHeads + 2] == 3e38f / 448.f);
+}
+
 /* The same bytes in another order: rows contiguous, dims stride_s apart; what lies between the last row and the next dim is left alone. */
 static void transposed_is_the_same_in_another_order(void) {
   enum { kPitch = 32, kCells = kBatch * kHeads * kDim * kPitch };
@@ -373,6 +381,7 @@ int main(void) {
   RUN(rows_past_the_length_are_neither_read_nor_written);
   RUN(the_mean_is_subtracted);
   RUN(a_row_of_nan_and_infinity_spoils_no_other);
+  RUN(a_sum_past_fp32_leaves_the_mean_out);
   RUN(transposed_is_the_same_in_another_order);
   RUN(rotation_keeps_products);
   RUN(rotation_spreads_an_outlier);
