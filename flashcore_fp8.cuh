@@ -129,6 +129,8 @@ FLASHCORE_INLINE float flashcore_fp8_descale(float amax, int32_t dtype) {
 FLASHCORE_INLINE float flashcore_fp8_mean(float sum, int32_t count) {
   return count > 0 && fabsf(sum) < INFINITY ? flashcore_fp8_divide(sum, (float)count) : 0.f;
 }
+/* What makes a Hadamard matrix of that size orthogonal. */
+FLASHCORE_INLINE float flashcore_fp8_unit(int32_t rotation) { return rotation ? (float)(1.0 / sqrt((double)rotation)) : 1.f; }
 /* Scales of a head: PER_BLOCK has one per block. */
 FLASHCORE_INLINE int32_t flashcore_fp8_blocks(const flashcore_fp8_quantise_args *q) {
   return q->granularity == FLASHCORE_FP8_PER_BLOCK ? q->rows / q->block_rows : 1;
@@ -262,14 +264,15 @@ struct quantise_plan {
   int32_t step;            /* rows that its threads take at once, a piece each */
   int32_t threads, blocks; /* blocks: of threads, per head */
   int32_t backwards;       /* 1: last rows first */
+  float unit;              /* 1 / sqrt(rotation) */
 };
 FLASHCORE_INLINE quantise_plan make_quantise_plan(const flashcore_fp8_quantise_args &q, bool backwards) {
   const bool own_rows = q.granularity == FLASHCORE_FP8_PER_BLOCK;
-  const int32_t pieces = q.dim / quantise_tile::kPiece, unit = q.transposed ? 16 / quantise_tile::kPieces : 1; /* a transposed tile is whole strips */
-  const int32_t most = quantise_tile::kThreads / pieces / unit * unit, rows = own_rows ? q.block_rows : q.rows;
-  const int32_t few = ((rows - 1) / (quantise_tile::kPieces * unit) + 1) * unit;
+  const int32_t pieces = q.dim / quantise_tile::kPiece, rows = own_rows ? q.block_rows : q.rows;
+  const int32_t whole = q.transposed ? 16 / quantise_tile::kPieces : 1; /* the step is a multiple of it: a transposed tile is whole strips */
+  const int32_t most = quantise_tile::kThreads / pieces / whole * whole, enough = ((rows - 1) / (quantise_tile::kPieces * whole) + 1) * whole;
   quantise_plan p;
-  p.step = few < most ? few : most;
+  p.step = enough < most ? enough : most;
   p.heads = make_divisor(q.heads);
   p.units = make_divisor(q.heads * q.batch);
   p.pieces = make_divisor(pieces);
@@ -279,6 +282,7 @@ FLASHCORE_INLINE quantise_plan make_quantise_plan(const flashcore_fp8_quantise_a
   p.threads = (p.step * pieces + 31) / 32 * 32;
   p.blocks = (q.rows - 1) / p.block_rows + 1;
   p.backwards = backwards;
+  p.unit = flashcore_fp8_unit(q.rotation);
   return p;
 }
 
@@ -317,8 +321,8 @@ FLASHCORE_DEVICE void quantise_subtract(const float *mean, float (&x)[16]) {
     x[i] -= m.x, x[i + 1] -= m.y, x[i + 2] -= m.z, x[i + 3] -= m.w;
   }
 }
-/* x becomes x H / sqrt(block), H the Hadamard matrix of that size, whose blocks span block / 16 neighbouring lanes.   callers  a warp, converged */
-FLASHCORE_DEVICE void quantise_rotate(float (&x)[16], int32_t block) {
+/* x becomes x H unit, H the Hadamard matrix of size block, whose blocks span block / 16 neighbouring lanes.   callers  a warp, converged */
+FLASHCORE_DEVICE void quantise_rotate(float (&x)[16], int32_t block, float unit) {
 #pragma unroll
   for (int h = 1; h < 16; h *= 2)
 #pragma unroll
@@ -333,7 +337,6 @@ FLASHCORE_DEVICE void quantise_rotate(float (&x)[16], int32_t block) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) x[i] = fmaf(x[i], sign, __shfl_xor_sync(0xffffffffu, x[i], lanes));
   }
-  const float unit = __frsqrt_rn((float)block);
 #pragma unroll
   for (int i = 0; i < 16; ++i) x[i] *= unit;
 }
@@ -360,7 +363,7 @@ FLASHCORE_DEVICE void quantise_read(const flashcore_fp8_quantise_args &q, const 
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) quantise_unpack<T>(words[k][i], x[k] + i * kPerLoad);
     if (q.mean && first + s.row + k * p.step < s.rows) quantise_subtract(q.mean + ((int64_t)s.batch * q.heads + s.head) * q.dim + s.dim, x[k]);
-    if (q.rotation) quantise_rotate(x[k], q.rotation);
+    if (q.rotation) quantise_rotate(x[k], q.rotation, p.unit);
   }
 }
 
@@ -422,17 +425,18 @@ FLASHCORE_DEVICE void quantise_transpose_bytes(uint32_t (&x)[4]) {
   x[0] = __byte_perm(a, b, 0x5410), x[1] = __byte_perm(a, b, 0x7632), x[2] = __byte_perm(c, d, 0x5410), x[3] = __byte_perm(c, d, 0x7632);
 }
 /* Rows of a tile to `out`, transposed through shared memory: a thread reads four dims of a strip of 16 rows, and writes 16 bytes for each dim; threads
- * next to each other have strips next to each other. Rows are a word longer than their bytes: no two of a warp's words share a bank.
+ * next to each other have strips next to each other. Rows are a word longer than their bytes, which spreads a warp's words over the banks.
  *   callers  the block; all its tiles start at multiples of 16 rows */
 FLASHCORE_DEVICE void quantise_store_transposed(const flashcore_fp8_quantise_args &q, const quantise_plan &p, const quantise_share &s, int32_t first,
                                                 const uint4 (&pieces)[quantise_tile::kPieces], uint32_t *tile) {
   const int pitch = q.dim / 4 + 1;
   __syncthreads(); /* the tile before is on its way */
 #pragma unroll
-  for (int k = 0; k < quantise_tile::kPieces; ++k) {
-    uint32_t *const to = tile + (s.row + k * p.step) * pitch + s.dim / 4;
-    if (s.row < p.step) to[0] = pieces[k].x, to[1] = pieces[k].y, to[2] = pieces[k].z, to[3] = pieces[k].w;
-  }
+  for (int k = 0; k < quantise_tile::kPieces; ++k)
+    if (s.row < p.step) {
+      uint32_t *const to = tile + (s.row + k * p.step) * pitch + s.dim / 4;
+      to[0] = pieces[k].x, to[1] = pieces[k].y, to[2] = pieces[k].z, to[3] = pieces[k].w;
+    }
   __syncthreads();
   uint8_t *const out = static_cast<uint8_t *>(q.out.data) + s.batch * q.out.stride_b + s.head * q.out.stride_h + s.row0 + first;
   for (int i = (int)threadIdx.x; i < q.dim / 4 * p.strips.d; i += (int)blockDim.x) {
@@ -2224,7 +2228,7 @@ static void flashcore_fp8_row(const flashcore_fp8_quantise_args *q, int32_t b, i
         x[d] = low + high;
         x[d + step] = low - high;
       }
-  const float unit = q->rotation ? (float)(1.0 / sqrt((double)q->rotation)) : 1.f;
+  const float unit = flashcore_fp8_unit(q->rotation);
   for (int32_t d = 0; d < q->dim && q->rotation; ++d) x[d] *= unit;
 }
 static float flashcore_fp8_scale_of_rows(const flashcore_fp8_quantise_args *q, int32_t b, int32_t h, int32_t first, int32_t last) {
