@@ -1,7 +1,8 @@
 /* flashcore_fp8.cuh · FlashCore 0.1.0 · MIT licence · fp8: quantisers, and attention on the fp8 tensor cores of Ada (sm_89) and Hopper (sm_90a)
  *
  * Use:  #include this, after those of flashcore_wmma.cuh and flashcore_wgmma.cuh whose backends shall be in the same file, in one of the files that
- *       define FLASHCORE_IMPLEMENTATION (quantisers and attention) or FLASHCORE_BACKEND_IMPLEMENTATION (attention), compiled for sm_89, sm_90a:
+ *       define FLASHCORE_IMPLEMENTATION (quantisers and attention) or FLASHCORE_BACKEND_IMPLEMENTATION (attention), compiled for sm_89, sm_90a
+ *       (both FLASHCORE_NO_E4M3 and FLASHCORE_NO_E5M2: quantisers alone):
  *         nvcc -gencode arch=compute_89,code=sm_89 -gencode arch=compute_90a,code=sm_90a ...
  *       Callers, C or C++, include it for the declarations. From fp16, fp32 or bf16 tensors to attention, q.dtype_out = FLASHCORE_E4M3:
  *
@@ -30,7 +31,7 @@
  *
  *   option, in the implementing file           what it does
  *   FLASHCORE_FP8_FAST                         QGMMA in the fast mode (qgmma_mode) instead of the accurate one; needs CUDA 12.4
- *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out; both: quantisers alone
+ *   FLASHCORE_NO_E4M3, _NO_E5M2                leave that type's attention out
  *   FLASHCORE_NO_F32, _NO_F16, _NO_BF16        leave the quantisers of that type out, and attention with Q of that type
  *
  * The algorithm is that of flashcore_wmma.cuh and flashcore_wgmma.cuh, whose work lists, rings and rules are shared, but for what fp8 changes:
@@ -2279,16 +2280,18 @@ FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_
 }
 #endif
 
-/* ================================================================================================================================
- * 13  Attention: plan and launch
- * ================================================================================================================================ */
-#if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
-
+#if !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 #define FLASHCORE_FP8_TRY(call)                                                                                                                      \
   do {                                                                                                                                               \
     const flashcore_status fp8_status = (call);                                                                                                      \
     if (fp8_status != FLASHCORE_OK) return fp8_status;                                                                                               \
   } while (0)
+#endif
+
+/* ================================================================================================================================
+ * 13  Attention: plan and launch
+ * ================================================================================================================================ */
+#if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
 /* Is Q fp16 or bf16 beside fp8 K and V? */
 static bool flashcore_fp8_is_mixed(const flashcore_attention *a) {
