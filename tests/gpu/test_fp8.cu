@@ -389,7 +389,7 @@ static void test_quantisers() {
     std::string why;
     int cases = 0;
     for (int dtype : {FLASHCORE_F32, FLASHCORE_F16, FLASHCORE_BF16})
-      for (int dtype_out : kTypes)
+      for (int dtype_out : {FLASHCORE_E4M3, FLASHCORE_E5M2})
         for (int n = 0; n < (quick ? 10 : 40) && why.empty(); ++n, ++cases) {
           const QuantiseCase x = random_case(rng, dtype, dtype_out, granularity);
           why = quantise_differs(x);
