@@ -58,7 +58,7 @@ enum Mask { MASK_NONE, MASK_DENSE, MASK_SHARED, MASK_COUNT };
 enum Tile { TILE_AUTO, TILE_WIDE, TILE_COMPACT, TILE_NARROW, TILE_COUNT }; // of the mma backend, where the problem may have it
 
 struct Case {
-  int dtype = FLASHCORE_F16, dtype_o = 0;
+  int dtype = FLASHCORE_F16, dtype_kv = 0, dtype_o = 0;
   int batch = 1, heads_q = 1, heads_kv = 1, seq_q = 64, seq_kv = 64, dim_qk = 64, dim_v = 64;
   int lse = 1; // 0 not wanted, 1 natural, 2 base 2
   int causal = 0, window = 0, left = -1, right = -1;
@@ -82,41 +82,23 @@ struct CaseField { // one of the two pointers is set
 
 inline const std::vector<CaseField> &case_fields() {
   static const std::vector<CaseField> fields = {
-      {"dtype", &Case::dtype, nullptr},
-      {"dtype_o", &Case::dtype_o, nullptr},
-      {"batch", &Case::batch, nullptr},
-      {"heads_q", &Case::heads_q, nullptr},
-      {"heads_kv", &Case::heads_kv, nullptr},
-      {"seq_q", &Case::seq_q, nullptr},
-      {"seq_kv", &Case::seq_kv, nullptr},
-      {"dim_qk", &Case::dim_qk, nullptr},
-      {"dim_v", &Case::dim_v, nullptr},
-      {"lse", &Case::lse, nullptr},
-      {"causal", &Case::causal, nullptr},
-      {"window", &Case::window, nullptr},
-      {"left", &Case::left, nullptr},
-      {"right", &Case::right, nullptr},
-      {"alibi", &Case::alibi, nullptr},
-      {"bias", &Case::bias, nullptr},
-      {"bias_dtype", &Case::bias_dtype, nullptr},
-      {"mask", &Case::mask, nullptr},
-      {"sink", &Case::sink, nullptr},
-      {"lengths", &Case::lengths, nullptr},
-      {"page", &Case::page, nullptr},
-      {"splits", &Case::splits, nullptr},
-      {"split_len", &Case::split_len, nullptr},
-      {"descale", &Case::descale, nullptr},
-      {"backend", &Case::backend, nullptr},
-      {"tile", &Case::tile, nullptr},
-      {"layout", &Case::layout, nullptr},
-      {"data", &Case::data, nullptr},
-      {"broken", &Case::broken, nullptr},
-      {"seed", &Case::seed, nullptr},
-      {"scale", nullptr, &Case::scale},
-      {"softcap", nullptr, &Case::softcap},
+      {"dtype", &Case::dtype, nullptr},     {"dtype_kv", &Case::dtype_kv, nullptr}, {"dtype_o", &Case::dtype_o, nullptr},
+      {"batch", &Case::batch, nullptr},     {"heads_q", &Case::heads_q, nullptr},   {"heads_kv", &Case::heads_kv, nullptr},
+      {"seq_q", &Case::seq_q, nullptr},     {"seq_kv", &Case::seq_kv, nullptr},     {"dim_qk", &Case::dim_qk, nullptr},
+      {"dim_v", &Case::dim_v, nullptr},     {"lse", &Case::lse, nullptr},           {"causal", &Case::causal, nullptr},
+      {"window", &Case::window, nullptr},   {"left", &Case::left, nullptr},         {"right", &Case::right, nullptr},
+      {"alibi", &Case::alibi, nullptr},     {"bias", &Case::bias, nullptr},         {"bias_dtype", &Case::bias_dtype, nullptr},
+      {"mask", &Case::mask, nullptr},       {"sink", &Case::sink, nullptr},         {"lengths", &Case::lengths, nullptr},
+      {"page", &Case::page, nullptr},       {"splits", &Case::splits, nullptr},     {"split_len", &Case::split_len, nullptr},
+      {"descale", &Case::descale, nullptr}, {"backend", &Case::backend, nullptr},   {"tile", &Case::tile, nullptr},
+      {"layout", &Case::layout, nullptr},   {"data", &Case::data, nullptr},         {"broken", &Case::broken, nullptr},
+      {"seed", &Case::seed, nullptr},       {"scale", nullptr, &Case::scale},       {"softcap", nullptr, &Case::softcap},
   };
   return fields;
 }
+
+/* 16-bit Q beside fp8 K and V? */
+inline bool is_mixed(const Case &c) { return oracle::is_fp8(c.dtype_kv) && !oracle::is_fp8(c.dtype); }
 
 /* "heads_q=4 causal=1 ...": the fields that differ from the defaults. */
 inline std::string to_string(const Case &c) {
@@ -516,6 +498,10 @@ inline double &error_factor() {
 /* What the backends promise to take: a refusal of these is a failure, so that "everything was refused" cannot pass. */
 inline bool must_serve(const Case &c, int backend) {
   if (c.broken) return false;
+  if (is_mixed(c)) {
+    if (c.dtype_o == FLASHCORE_F32 || c.dim_qk % 16 || c.dim_v % 16 || c.dim_qk > 256 || c.dim_v > 256) return false;
+    return backend == FLASHCORE_BACKEND_QGMMA && !c.page && c.splits <= 1 && !c.split_len && device_arch() == 90;
+  }
   if (oracle::is_fp8(c.dtype)) {
     if (c.dtype_o == FLASHCORE_F32 || c.dim_qk % 16 || c.dim_v % 16 || c.dim_qk > 256 || c.dim_v > 256 || c.layout == LAYOUT_SLICE) return false;
     if (c.page || c.splits > 1 || c.split_len) return false;
@@ -721,7 +707,7 @@ private:
 
   void set_sizes() {
     flashcore_init(&a);
-    a.dtype = c.dtype, a.dtype_o = c.dtype_o;
+    a.dtype = c.dtype, a.dtype_kv = c.dtype_kv, a.dtype_o = c.dtype_o;
     a.batch = c.batch, a.heads_q = c.heads_q, a.heads_kv = c.heads_kv;
     a.seq_q = c.seq_q, a.seq_kv = c.seq_kv, a.dim_qk = c.dim_qk, a.dim_v = c.dim_v;
     a.scale = c.scale, a.softcap = c.softcap, a.lse_base2 = c.lse == 2;
@@ -756,14 +742,21 @@ private:
     return e;
   }
 
-  uint32_t poison() const { return oracle::is_fp8(c.dtype) ? kPoison8 : kPoison; }
+  int dtype_of(int role) const {
+    if (role == ROLE_O) return oracle::output_dtype(c.dtype, c.dtype_o);
+    return role != ROLE_Q && c.dtype_kv ? c.dtype_kv : c.dtype;
+  }
+  uint32_t poison_of(int role) const { return oracle::is_fp8(dtype_of(role)) ? kPoison8 : kPoison; }
+  /* fp8 K and V beside 16-bit Q and O that are aligned to an element only are aligned themselves: no kernel serves others. */
+  int layout_of(int role) const { return c.layout == LAYOUT_SLICE && is_mixed(c) && (role == ROLE_K || role == ROLE_V) ? LAYOUT_PADDED : c.layout; }
 
   /* data: an allocation to share, or NULL for one of its own. */
   flashcore_tensor add_tensor(int role, int64_t row_width, int64_t column, char *data) {
-    const Placement p = lay_out(c.layout, extent_of(role), role, row_width, column, oracle::is_fp8(c.dtype) ? 16 : 8);
-    const int bytes = bytes_of(role == ROLE_O ? oracle::output_dtype(c.dtype, c.dtype_o) : c.dtype);
+    const bool wide_unit = oracle::is_fp8(c.dtype) || oracle::is_fp8(dtype_of(role));
+    const Placement p = lay_out(layout_of(role), extent_of(role), role, row_width, column, wide_unit ? 16 : 8);
+    const int bytes = bytes_of(dtype_of(role));
     if (!data && role == ROLE_O) o_memory.reset(new Memory((size_t)(p.span * bytes))), data = o_memory->data<char>();
-    if (!data) data = add<char>(inputs, p.span * bytes, poison());
+    if (!data) data = add<char>(inputs, p.span * bytes, poison_of(role));
     return flashcore_strided(data + p.origin * bytes, p.stride_b, p.stride_s, p.stride_h);
   }
 
@@ -773,8 +766,8 @@ private:
     char *shared = nullptr, *q_shared = nullptr;
     if (c.layout == LAYOUT_PACKED) {
       const Extent q = extent_of(ROLE_Q), k = extent_of(ROLE_K);
-      shared = add<char>(inputs, k.batch * k.rows * width * bytes_of(c.dtype), poison());
-      if (q.batch == k.batch && q.rows == k.rows) q_shared = shared;
+      shared = add<char>(inputs, k.batch * k.rows * width * bytes_of(dtype_of(ROLE_K)), poison_of(ROLE_K));
+      if (q.batch == k.batch && q.rows == k.rows && !is_mixed(c)) q_shared = shared;
     }
     a.q = add_tensor(ROLE_Q, width, 0, q_shared);
     a.k = add_tensor(ROLE_K, width, q_width, shared);
@@ -792,7 +785,7 @@ private:
     if (c.alibi) a.alibi_slopes = add<float>(inputs, (int64_t)c.batch * c.heads_q), a.alibi_stride_b = c.alibi == 2 ? c.heads_q : 0;
     if (c.sink) a.sink = add<float>(inputs, c.heads_q);
     flashcore_descale *const descales[3] = {&a.q_descale, &a.k_descale, &a.v_descale};
-    for (int i = 0; i < 3 && c.descale; ++i) {
+    for (int i = is_mixed(c) ? 1 : 0; i < 3 && c.descale; ++i) {
       const int64_t heads = i == 0 ? c.heads_q : c.heads_kv;
       descales[i]->data = add<float>(inputs, c.descale == 2 ? c.batch * heads : 1);
       if (c.descale == 2) descales[i]->stride_b = heads, descales[i]->stride_h = 1;
@@ -912,8 +905,8 @@ private:
     if (c.data == DATA_HUGE) content.lead = content.step = sqrtf(2.5e5f / scale);
     if (equal_logits(c.data)) content.lead = content.step = equal_element(c.data == DATA_EQUAL_4E8 ? 4e8f : 3e9f, scale);
     content.nan_i = len_q[(size_t)content.nan_b] / 2;
-    const Walk walks[3] = {walk(a.q, c.dtype, c.heads_q, c.dim_qk, true), walk(a.k, c.dtype, c.heads_kv, c.dim_qk, false),
-                           walk(a.v, c.dtype, c.heads_kv, c.dim_v, false)};
+    const Walk walks[3] = {walk(a.q, c.dtype, c.heads_q, c.dim_qk, true), walk(a.k, dtype_of(ROLE_K), c.heads_kv, c.dim_qk, false),
+                           walk(a.v, dtype_of(ROLE_V), c.heads_kv, c.dim_v, false)};
     for (content.role = ROLE_Q; content.role <= ROLE_V; ++content.role) {
       const Walk &w = walks[content.role];
       fill_tensor<<<grid_for(elements(w)), 256>>>(w, content);

@@ -7,8 +7,8 @@
  *   o      ref64: everything in fp64
  *   lse    ref64, in the base that the descriptor asks for
  *   peak   the largest |logit| of the row
- *   low    "lowref": logits and l in fp32 (fp8: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
- *          maximum, P rounded to the input type (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
+ *   low    "lowref": logits and l in fp32 (fp8 Q: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
+ *          maximum, P rounded to the type of Q (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
  *          rounded to the output type; the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits
  *          are */
 #ifndef FLASHCORE_TESTS_ORACLE_CUH
@@ -151,9 +151,9 @@ static __device__ Logit logit(const flashcore_attention &a, const Row &r, const 
   for (int d = 0; d < a.dim_qk; ++d) {
     const double k = read(a.k.data, dtype, key + d);
     exact += q[d] * k;
-    if (!is_fp8(dtype)) low = fmaf((float)q[d], (float)k, low);
+    if (!is_fp8(a.dtype)) low = fmaf((float)q[d], (float)k, low);
   }
-  for (int d = 0; is_fp8(dtype) && d < a.dim_qk; d += 32)
+  for (int d = 0; is_fp8(a.dtype) && d < a.dim_qk; d += 32)
     low = add_as_fp8(low, a.dim_qk - d < 32 ? a.dim_qk - d : 32, [&](int k) { return (float)(q[d + k] * read(a.k.data, dtype, key + d + k)); });
   double scale = a.scale > 0 ? (double)a.scale : 1 / sqrt((double)a.dim_qk);
   scale *= descale(a.q_descale, r.b, r.h) * descale(a.k_descale, r.b, r.h / (a.heads_q / a.heads_kv));
@@ -239,9 +239,9 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
         if (value[k] == kMissing) continue;
         const double v = read(a.v.data, dtype, value[k] + d);
         s.o[n] += weight[k] * v;
-        if (!is_fp8(dtype)) s.o_low[n] = fmaf(weight_low[k], (float)v, s.o_low[n]);
+        if (!is_fp8(a.dtype)) s.o_low[n] = fmaf(weight_low[k], (float)v, s.o_low[n]);
       }
-      for (int at = 0; is_fp8(dtype) && at < kThreads; at += 32)
+      for (int at = 0; is_fp8(a.dtype) && at < kThreads; at += 32)
         newer[n] = add_as_fp8(newer[n], 32, [&](int k) {
           return value[at + k] == kMissing ? 0.f : weight_low[at + k] * (float)read(a.v.data, dtype, value[at + k] + d);
         });

@@ -23,7 +23,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = ["library", "library_wgmma"]
-PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_fp8", "test_fp8_fast", "test_qmma", "test_sweep", "test_dispatch"]
+PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_fp8", "test_fp8_fast", "test_kv8", "test_qmma", "test_sweep", "test_dispatch"]
 STANDALONE = ["test_qmma"]  # hold what they need of the library themselves
 TIMED = ["test_dispatch"]  # alone on the GPU
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -100,7 +100,8 @@ def run_sanitizers(quick):
     if not tool:
         print("compute-sanitizer was not found; --no-sanitizer leaves it out")
         return {"error": "not found"}, False
-    programs = {"test_sweep": ["--tiny", "--count", "8" if quick else "40"], "test_fp8": ["--quick", "--only", "unequal_head_dims"]}
+    few = ["--quick", "--only", "unequal_head_dims"]
+    programs = {"test_sweep": ["--tiny", "--count", "8" if quick else "40"], "test_fp8": few, "test_kv8": few}
 
     def run_one(pair):
         check, program = pair
@@ -131,7 +132,7 @@ def main():
     if not build(nvcc, arch):
         sys.exit("the build failed")
 
-    arguments = {**dict.fromkeys(("test_attention", "test_fp8", "test_fp8_fast"), ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
+    arguments = {**dict.fromkeys(("test_attention", "test_fp8", "test_fp8_fast", "test_kv8"), ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
 
     def run_program(p):
         return p, run_logged(p, [str(BUILD / p), *arguments.get(p, [])])

@@ -1,5 +1,6 @@
 /* fp8: attention on its tensor cores against the fp64 oracle on the values as stored, in poisoned memory (harness.cuh), and the quantiser kernels
- * against their reference, bit for bit. FLASHCORE_FP8_FAST: the fast mode (test_fp8_fast.cu).
+ * against their reference, bit for bit. FLASHCORE_FP8_FAST: the fast mode (test_fp8_fast.cu). FLASHCORE_TEST_KV8: 16-bit Q beside fp8 K and V, by the
+ * error rule of the type of Q (test_kv8.cu).
  *
  *   test_fp8 [--quick] [--only TEXT]      --only: tests whose name holds TEXT */
 #define FLASHCORE_STATIC /* a library of its own, with the reference of the quantisers */
@@ -9,13 +10,27 @@
 #include "properties.cuh"
 
 static const int kBackends[] = {FLASHCORE_BACKEND_QGMMA, FLASHCORE_BACKEND_QMMA};
-static const int kTypes[] = {FLASHCORE_E4M3, FLASHCORE_E5M2};
+#if defined(FLASHCORE_TEST_KV8)
+static const int kPairs[][2] = {
+    {FLASHCORE_F16, FLASHCORE_E4M3}, {FLASHCORE_BF16, FLASHCORE_E5M2}, {FLASHCORE_BF16, FLASHCORE_E4M3}, {FLASHCORE_F16, FLASHCORE_E5M2}};
+#else
+static const int kPairs[][2] = {{FLASHCORE_E4M3, FLASHCORE_E4M3}, {FLASHCORE_E5M2, FLASHCORE_E5M2}};
+#endif
+static const int kPairCount = (int)std::size(kPairs);
 static const int kDims[] = {64, 128, 256};
+
+/* A problem of the n-th pair of types, around and around. */
+static Case typed(int n, int batch, int heads_q, int heads_kv, int seq_q, int seq_kv, int dim) {
+  const int *pair = kPairs[n % kPairCount];
+  Case c = sized(pair[0], batch, heads_q, heads_kv, seq_q, seq_kv, dim);
+  if (pair[1] != pair[0]) c.dtype_kv = pair[1];
+  return c;
+}
 
 /* Is it compiled in, and for this GPU? */
 static bool present(int backend) {
-  Case c;
-  c.dtype = FLASHCORE_E4M3, c.backend = backend;
+  Case c = typed(0, 1, 1, 1, 64, 64, 64);
+  c.backend = backend;
   return must_serve(c, backend);
 }
 
@@ -39,18 +54,56 @@ static void check(const std::string &name, const std::vector<Case> &cases) {
   }
 }
 
+#if defined(FLASHCORE_TEST_KV8)
+/* ---- widening ------------------------------------------------------------------------------------------------------------------ */
+
+/* wide: 256 elements of T. One block of 64 threads, each with four codes. */
+template <typename T, typename F8> static __global__ void widen_all(T *wide) {
+#if FLASHCORE_HAS_SM90A
+  const uint32_t first = 4 * threadIdx.x;
+  uint32_t pairs[2];
+  flashcore::fp8_widen<T, F8>(first | (first + 1) << 8 | (first + 2) << 16 | (first + 3) << 24, pairs);
+  memcpy(wide + first, pairs, 8);
+#endif
+}
+
+template <typename T, typename F8> static void check_widening(const char *name) {
+  const int dtype = flashcore::element<T>::kDtype;
+  std::vector<uint16_t> wide(256);
+  Memory memory(512);
+  std::string why;
+  widen_all<T, F8><<<1, 64>>>(memory.data<T>());
+  CUDA_OK(cudaDeviceSynchronize());
+  CUDA_OK(cudaMemcpy(wide.data(), memory.data(), 512, cudaMemcpyDeviceToHost));
+  for (uint32_t code = 0; code < 256 && why.empty(); ++code) {
+    const double x = flashcore_decode(dtype, wide[code]), exact = flashcore_decode(F8::kDtype, code);
+    const bool same = std::isnan(exact) ? std::isnan(x) : x == exact && std::signbit(x) == std::signbit(exact);
+    if (!same) why = format("0x%02x becomes %g, not %g", code, x, exact);
+  }
+  report().expect(name, why.empty(), why);
+}
+
+static void test_widening() {
+  if (!wanted("widening") || !present(FLASHCORE_BACKEND_QGMMA)) return;
+  check_widening<__half, flashcore::e4m3>("widening_e4m3_to_f16_is_exact");
+  check_widening<__half, flashcore::e5m2>("widening_e5m2_to_f16_is_exact");
+  check_widening<__nv_bfloat16, flashcore::e4m3>("widening_e4m3_to_bf16_is_exact");
+  check_widening<__nv_bfloat16, flashcore::e5m2>("widening_e5m2_to_bf16_is_exact");
+}
+#endif
+
 /* ---- attention ----------------------------------------------------------------------------------------------------------------- */
 
 static void test_shapes() {
   std::vector<Case> plain, edges, primes, dims, unequal;
-  for (int dtype : kTypes)
+  for (int n = 0; n < kPairCount; ++n)
     for (int dim : kDims)
-      for (int seq : {64, 128, 512}) plain.push_back(sized(dtype, 1, 2, 2, seq, seq, dim));
+      for (int seq : {64, 128, 512}) plain.push_back(typed(n, 1, 2, 2, seq, seq, dim));
   check("plain", plain);
   int turn = 0;
   for (int q : {1, 63, 64, 65, 127, 128, 129, 191, 192, 193})
-    for (int kv : {1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257}) {
-      Case c = sized(kTypes[turn / 2 % 2], 1, 2, 1, q, kv, kDims[turn / 3 % 3]);
+    for (int kv : {0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257}) {
+      Case c = typed(turn / 2, 1, 2, 1, q, kv, kDims[turn / 3 % 3]);
       c.causal = turn++ % 3;
       edges.push_back(c);
     }
@@ -59,21 +112,21 @@ static void test_shapes() {
   for (const auto &p : pairs)
     for (int causal = 0; causal < 3; ++causal)
       for (int dim : kDims) {
-        Case c = sized(kTypes[(dim / 64 + causal) % 2], 2, 3, 3, p[0], p[1], dim);
+        Case c = typed(dim / 64 + causal, 2, 3, 3, p[0], p[1], dim);
         c.causal = causal, c.dtype_o = causal ? FLASHCORE_F16 : 0, c.sink = causal % 2;
         primes.push_back(c);
       }
   check("prime_lengths", primes);
   for (int dim : {16, 32, 48, 80, 96, 112, 144, 160, 192, 208, 240, 272})
-    for (int dtype : kTypes) {
-      Case c = sized(dtype, 1, 2, 2, 77, 149, dim);
+    for (int n = 0; n < kPairCount; ++n) {
+      Case c = typed(n, 1, 2, 2, 77, 149, dim);
       c.causal = dim / 16 % 2;
       dims.push_back(c);
     }
   check("every_head_dim", dims);
   const int unlike[][2] = {{192, 128}, {64, 128}, {128, 64}, {32, 64}, {48, 256}, {256, 16}};
   for (const auto &p : unlike) {
-    Case c = sized(FLASHCORE_E4M3, 1, 4, 2, 70, 131, p[0]);
+    Case c = typed(0, 1, 4, 2, 70, 131, p[0]);
     c.dim_v = p[1], c.causal = 1;
     unequal.push_back(c);
   }
@@ -83,10 +136,10 @@ static void test_shapes() {
 /* Long enough for O to be added up in f32 several times, on many tiles per block. */
 static void test_many() {
   std::vector<Case> keys, heads;
-  for (int dtype : kTypes)
+  for (int n = 0; n < kPairCount; ++n)
     for (int dim : kDims)
       for (int data : {(int)DATA_NORMAL, (int)DATA_STD16, (int)DATA_RAMP}) {
-        Case c = sized(dtype, 1, 2, 1, 333, 5003, dim);
+        Case c = typed(n, 1, 2, 1, 333, 5003, dim);
         c.data = data, c.causal = data == DATA_STD16, c.descale = data == DATA_RAMP ? 2 : 0;
         keys.push_back(c);
         c.seq_kv = 8209;
@@ -98,25 +151,40 @@ static void test_many() {
   for (int dim : {128, 256})
     for (int q : {1, 65, 193})
       for (int kv : {1055, 1056, 1057, 2113, 4097, 8191, 8193, 8257, 8353, 8449}) {
-        Case c = sized(kTypes[turn % 2], 1, 2, 1, q, kv, dim);
+        Case c = typed(turn, 1, 2, 1, q, kv, dim);
         c.causal = turn++ % 3, c.lengths = turn % 4 == 0 ? SEQLENS_KV : 0;
         edges.push_back(c);
       }
   check("many_keys_around_tile_edges", edges);
   for (int n : {31, 33, 65})
     for (int dim : kDims) {
-      Case c = sized(kTypes[n % 2], 2, n, 1, 700, 700, dim);
+      Case c = typed(n / 2, 2, n, 1, 700, 700, dim);
       heads.push_back(c);
       c.causal = 1, c.descale = 2;
       heads.push_back(c);
     }
   for (int lengths : {(int)(SEQLENS_Q | SEQLENS_KV), (int)(CU_SEQLENS_Q | CU_SEQLENS_KV)})
     for (int dim : kDims) {
-      Case c = sized(FLASHCORE_E4M3, 40, 4, 4, 600, 300, dim);
+      Case c = typed(lengths + dim / 64, 40, 4, 4, 600, 300, dim);
       c.lengths = lengths, c.causal = dim / 64 % 3, c.descale = 2;
       heads.push_back(c);
     }
   check("many_heads", heads);
+}
+
+/* Few queries on long caches, whose heads are shared: the rows of a group are packed. */
+static void test_groups() {
+  std::vector<Case> groups;
+  for (int n = 0; n < kPairCount; ++n)
+    for (int dim : kDims)
+      for (int seq_q : {1, 3, 16, 65})
+        for (int group : {2, 3, 4, 8, 16, 128}) {
+          if (seq_q * group > 600) continue;
+          Case c = typed(n, 2, 2 * group, 2, seq_q, 531, dim);
+          c.descale = 2, c.causal = seq_q % 2, c.sink = group == 4, c.softcap = group == 16 ? 9.f : 0.f, c.lengths = group == 8 ? SEQLENS_KV : 0;
+          groups.push_back(c);
+        }
+  check("groups", groups);
 }
 
 struct Option {
@@ -153,9 +221,9 @@ static void test_options() {
   std::vector<Case> pairs;
   for (size_t i = 0; i < std::size(kOptions); ++i) {
     std::vector<Case> alone;
-    for (int dtype : kTypes)
+    for (int n = 0; n < kPairCount; ++n)
       for (int dim : kDims) {
-        Case c = sized(dtype, 3, 2, 2, 139, 281, dim);
+        Case c = typed(n, 3, 2, 2, 139, 281, dim);
         kOptions[i].set(c);
         alone.push_back(c);
         c.seq_q = 1, c.seq_kv = 300;
@@ -163,7 +231,7 @@ static void test_options() {
       }
     check(std::string("option_") + kOptions[i].name, alone);
     for (size_t j = i + 1; j < std::size(kOptions); ++j) {
-      Case c = sized(kTypes[(i + j) % 2], 3, 2, 2, 100 + (int)i, 170 - (int)j, kDims[(i + j) % 3]);
+      Case c = typed((int)(i + j), 3, 2, 2, 100 + (int)i, 170 - (int)j, kDims[(i + j) % 3]);
       kOptions[i].set(c);
       kOptions[j].set(c);
       c.seed += (int)(100 * i + j);
@@ -174,7 +242,7 @@ static void test_options() {
   std::vector<Case> lengths;
   for (int seed = 1; seed <= (quick ? 2 : 6); ++seed)
     for (int bits = 1; bits < 16; ++bits) {
-      Case c = sized(kTypes[seed % 2], 5, 4, 2, seed % 3 ? 150 : 9, 190, kDims[seed % 3]);
+      Case c = typed(seed + bits, 5, 4, 2, seed % 3 ? 150 : 9, 190, kDims[seed % 3]);
       c.lengths = bits, c.causal = (seed + bits) % 3, c.seed = 1000 * seed + bits, c.descale = 2;
       lengths.push_back(c);
     }
@@ -186,14 +254,14 @@ static void test_data() {
   for (int data = 0; data < DATA_COUNT; ++data)
     for (int dim : kDims)
       for (int causal = 0; causal < 2; ++causal) {
-        Case c = sized(kTypes[(data + dim / 64) % 2], 1, 2, 1, 150, 777, dim);
+        Case c = typed(data + dim / 64, 1, 2, 1, 150, 777, dim);
         c.data = data, c.causal = causal;
         hostile.push_back(c);
       }
   check("hostile_data", hostile);
   for (int layout = 0; layout < LAYOUT_FAR; ++layout)
     for (int dim : kDims) {
-      Case c = sized(kTypes[layout % 2], 2, 4, 2, 70, 150, dim);
+      Case c = typed(layout, 2, 4, 2, 70, 150, dim);
       c.layout = layout, c.causal = 1;
       if (layout == LAYOUT_PACKED) c.seq_q = c.seq_kv;
       layouts.push_back(c);
@@ -205,7 +273,7 @@ static void test_reruns() {
   if (!wanted("reruns_are_bit_equal")) return;
   for (int backend : kBackends)
     for (int dim : present(backend) ? std::vector<int>(kDims, kDims + 3) : std::vector<int>()) {
-      Case c = sized(FLASHCORE_E4M3, 2, 16, 4, 900, 1100, dim);
+      Case c = typed(0, 2, 16, 4, 900, 1100, dim);
       c.causal = 1, c.descale = 2;
       Problem p(c);
       unsigned long long first = 0;
@@ -223,6 +291,7 @@ static void test_reruns() {
     }
 }
 
+#if !defined(FLASHCORE_TEST_KV8)
 /* Norm of the error over the norm of the result. O: contiguous (batch, seq, heads, dim) bf16. */
 static double relative_error(const Problem &p) {
   const Case &c = p.c;
@@ -347,7 +416,7 @@ static void test_quantisers() {
     std::string why;
     int cases = 0;
     for (int dtype : {FLASHCORE_F32, FLASHCORE_F16, FLASHCORE_BF16})
-      for (int dtype_out : kTypes)
+      for (int dtype_out : {FLASHCORE_E4M3, FLASHCORE_E5M2})
         for (int n = 0; n < 20 && why.empty(); ++n) {
           QuantiseCase x = {dtype, dtype_out, granularity, 0, n % 2, 0, dims[n % 6], rows[n % 5], n % 3 == 2};
           const int rotations[] = {0, 16, 32, 64, 128};
@@ -364,12 +433,20 @@ static void test_quantisers() {
   }
 }
 
+#endif
+
 int main(int argc, char **argv) {
   if (!read_options(argc, argv)) return 2;
   find_device();
 #if defined(FLASHCORE_FP8_FAST)
   error_factor() = 2.4; // what the mode promises for peaked rows
 #endif
-  for (auto group : {test_quantisers, test_shapes, test_accuracy, test_options, test_data, test_many, test_reruns}) group();
+#if defined(FLASHCORE_TEST_KV8)
+  test_widening();
+#else
+  test_quantisers();
+  test_accuracy();
+#endif
+  for (auto group : {test_shapes, test_groups, test_options, test_data, test_many, test_reruns}) group();
   return report().finish();
 }
