@@ -3,6 +3,7 @@
 
     python3 examples/python/fp8.py                                speed: batch * seq = 16384, heads * dim = 2048
     python3 examples/python/fp8.py --dims 128 --seqs 512,4096 --causal yes
+    python3 examples/python/fp8.py --mixed                        speed of a cache in fp8, K and V, beside 16-bit Q: prefill and few queries
     python3 examples/python/fp8.py --quantisers                   speed of the quantisers, beside that of moving their bytes
     python3 examples/python/fp8.py --accuracy                     error against fp64, on the values as stored and as they were before
 
@@ -62,6 +63,43 @@ def speed(args):
     known = [r for r in ratios if not math.isnan(r)]
     if known:
         print(f"geometric mean of the goal: {statistics.geometric_mean(known):.3f} (least {min(known):.3f}, {len(known)} shapes)")
+    return wrong
+
+
+PREFILL = [(n, 16384 // n) for n in (8, 4, 1)]  # batch, seq
+FEW = [(batch, heads, seq_q, seq_kv) for seq_q in (1, 16) for batch, seq_kv in ((64, 4096), (16, 32768)) for heads in ((32, 8), (64, 8))]
+
+
+def mixed_shapes(args):
+    """(batch, heads of Q, of K and V, queries, keys, dim, causal)"""
+    for dim in args.dims:
+        for causal in (False, True):
+            yield from ((batch, 2048 // dim, 2048 // dim, seq, seq, dim, causal) for batch, seq in PREFILL)
+        yield from ((batch, *heads, seq_q, seq_kv, dim, False) for batch, heads, seq_q, seq_kv in FEW)
+
+
+def mixed(args):
+    """Cache: what K and V in fp8 take per second, read once. A 16-bit cache is that of the same values: auto is what flashcore_forward picks."""
+    ratios, wrong, dtype = {True: [], False: []}, 0, race.DTYPES[args.dtype]
+    print("# batch heads   seq_q seq_kv    D causal |  fp8 us  TFLOP/s  cache GB/s | 16-bit us: auto   wgmma | ratio to auto |  error | kernel")
+    for batch, heads, heads_kv, seq_q, seq_kv, dim, causal in mixed_shapes(args):
+        q = torch.randn(batch, seq_q, heads, dim, device="cuda", dtype=dtype)
+        caches = [flashcore.quantise(torch.randn(batch, seq_kv, heads_kv, dim, device="cuda", dtype=dtype)) for _ in range(2)]
+        (k, k_scale), (v, v_scale) = caches
+        k16, v16 = ((x.to(dtype) * scale[:, None, :, None]).to(dtype) for x, scale in caches)
+        ours = flashcore.Attention(q, k, v, k_descale=k_scale, v_descale=v_scale, causal=causal, backend=args.backend)
+        error = race.sample_error(ours(), q, k.float() * k_scale[:, None, :, None], v.float() * v_scale[:, None, :, None], causal)
+        small = seq_q < 64
+        us = race.race({"fp8": ours, **{name: flashcore.Attention(q, k16, v16, causal=causal, backend=name) for name in ("auto", "wgmma")}}, small,
+                       args.rounds)
+        flop, right = 4.0 * batch * heads * seq_q * seq_kv * dim * (0.5 if causal else 1.0), error < 3 * race.UNIT[args.dtype]
+        ratios[small].append(us["auto"] / us["fp8"])
+        wrong += not right
+        print(f"{batch:7d} {heads:3d}/{heads_kv:<3d} {seq_q:6d} {seq_kv:6d} {dim:4d} {'yes' if causal else 'no':>6s} | {us['fp8']:7.1f} {flop / us['fp8'] * 1e-6:8.0f}"
+              f" {2e-3 * batch * heads_kv * seq_kv * dim / us['fp8']:11.0f} | {us['auto']:15.1f} {us['wgmma']:7.1f} | {us['auto'] / us['fp8']:13.3f} |"
+              f" {error:.1e} | {ours.describe().kernel.decode()}" + ("" if right else "  WRONG"), flush=True)
+    for small, name in ((False, "prefill"), (True, "few queries")):
+        print(f"geometric mean over the 16-bit cache, {name}: {statistics.geometric_mean(ratios[small]):.3f} (least {min(ratios[small]):.3f})")
     return wrong
 
 
@@ -141,13 +179,17 @@ def main():
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--lse", action="store_true", help="the LSE too, for which S is added up in f32")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--dtype", choices=race.DTYPES, default="bf16", help="of Q, with --mixed")
+    parser.add_argument("--backend", default="auto", help="with --mixed")
     parser.add_argument("--quantisers", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
     args = parser.parse_args()
     args.seqs = args.seqs or ([2048, 16384] if args.accuracy else SEQS)
     torch.manual_seed(0)
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
-    return 1 if (quantisers if args.quantisers else accuracy if args.accuracy else speed)(args) else 0
+    run = mixed if args.mixed else quantisers if args.quantisers else accuracy if args.accuracy else speed
+    return 1 if run(args) else 0
 
 
 if __name__ == "__main__":
