@@ -1599,12 +1599,12 @@ template <typename Base, typename F8_, int kSlots_> struct wgmma_kv8_tile : Base
                        kOffsetBarriers = kOffsetSlots + kConverters * kSlots * kBytesSlot,
                        kSharedBytes = kOffsetBarriers + Base::kBytesBarriers + 1024;
 
-  /* Widening wants registers, of which O leaves fewer at 256 dims. */
-  static constexpr bool kLargeO = kHeadDim > 128, kManyGroups = Base::kGroups > 2;
-  static constexpr int kProducerRegisters = kManyGroups ? 64 : kLargeO ? 32 : 40, kConsumerRegisters = kManyGroups ? 112 : kLargeO ? 240 : 232;
-
+  /* Widening wants registers, of which O leaves few at 256 dims. */
+  static constexpr bool kGives = Base::kGroups == 2 && kHeadDim <= 128;
+  static constexpr int kProducerRegisters = kGives ? 40 : Base::kProducerRegisters, kConsumerRegisters = kGives ? 232 : Base::kConsumerRegisters;
+  static constexpr int kLaunchRegisters = 65536 / Base::kThreads / 8 * 8; /* of a thread, until they are shared out */
   static_assert(Base::kHeadDimQk == Base::kHeadDimV, "K and V are shared out alike");
-  static_assert(kProducerRegisters * 128 + kConsumerRegisters * Base::kGroups * 128 <= 65536, "registers of an SM");
+  static_assert(128 * (kProducerRegisters + Base::kGroups * kConsumerRegisters) <= kLaunchRegisters * Base::kThreads, "or setmaxnreg waits for ever");
 };
 
 template <typename T, typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_kv8_tile_for;
@@ -1655,7 +1655,7 @@ template <typename T, typename F8> FLASHCORE_DEVICE void fp8_widen(uint32_t x, u
 template <typename Tile> struct wgmma_kv8_converter {
   static constexpr int kPanels = Tile::kHeadDim / 64, kRows = 8 / kPanels, kPieces = Tile::kPieces, kBatchRows = kPieces * kRows;
   static constexpr int kBatches = Tile::kBlockKv / kBatchRows, kParts = 2 * kBatches; /* of K or V; of both */
-  static constexpr int kTogether = 2;                                                 /* pieces widened at once */
+  static constexpr int kTogether = Tile::kGives ? 2 : 1;                              /* pieces widened at once, as registers allow */
   static_assert(Tile::kHeadDim == 64 || Tile::kHeadDim == 128 || Tile::kHeadDim == 256, "lanes are shared out for these");
   static_assert(Tile::kBlockKv % kBatchRows == 0 && kBatchRows % 8 == 0, "whole batches of whole swizzle groups");
 
