@@ -1619,6 +1619,13 @@ FLASHCORE_KV8_TILE(128, kGeneralTile, 4, wgmma_tile_for<T, 128, 128, kGeneralTil
 FLASHCORE_KV8_TILE(256, kWideTile, 2, wgmma_tile_for<T, 256, 256, kExactTile>); /* its LSE is right, and without it is hardly faster */
 FLASHCORE_KV8_TILE(256, kGeneralTile, 2, wgmma_tile_for<T, 256, 256, kGeneralTile>);
 
+#if !defined(FLASHCORE_KV8_VALUES_AS_Q)
+/* V and P are f16 beside bf16 Q, too. WHY: to bf16, widening takes twice as many instructions. */
+template <typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_values<wgmma_kv8_tile_for<__nv_bfloat16, F8, kHeadDim, kShape>> {
+  using type = __half;
+};
+#endif
+
 #if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
 
 /* Two fp8 numbers as f16, the lower byte in the lower half. Exact; infinity and NaN stay.
@@ -1698,8 +1705,8 @@ template <typename Tile> struct wgmma_kv8_converter {
 #pragma unroll
     for (int i = 0; i < kPieces; ++i, from += step) cp_async<16>(slot + i * 512, from, i * kRows < live);
   }
-  /* The batch in a slot to where it begins in a tile, [kPanels][kBlockKv][64] of 16 bits, swizzled. */
-  static __forceinline__ __device__ void store(uint32_t slot, uint32_t batch) {
+  /* The batch in a slot, as T, to where it begins in a tile: [kPanels][kBlockKv][64], swizzled. */
+  template <typename T> static __forceinline__ __device__ void store(uint32_t slot, uint32_t batch) {
     const uint32_t mine = batch + panel() * Tile::kBlockKv * 128 + swizzled_tile<128>::offset(row(), 2 * (chunk() % 4));
 #pragma unroll
     for (int first = 0; first < kPieces; first += kTogether) {
@@ -1714,15 +1721,15 @@ template <typename Tile> struct wgmma_kv8_converter {
       for (int i = 0; i < kTogether; ++i) {
         const int rows = (first + i) * kRows; /* before the piece */
         const uint32_t to = (mine ^ (uint32_t)(rows % 8 << 4)) + rows * 128;
-        store_wide(to, x[i][0], x[i][1]);
-        store_wide(to ^ 16, x[i][2], x[i][3]);
+        store_wide<T>(to, x[i][0], x[i][1]);
+        store_wide<T>(to ^ 16, x[i][2], x[i][3]);
       }
     }
   }
-  static __forceinline__ __device__ void store_wide(uint32_t to, uint32_t x0, uint32_t x1) {
+  template <typename T> static __forceinline__ __device__ void store_wide(uint32_t to, uint32_t x0, uint32_t x1) {
     uint32_t y[2], z[2];
-    fp8_widen<typename Tile::T, typename Tile::F8>(x0, y);
-    fp8_widen<typename Tile::T, typename Tile::F8>(x1, z);
+    fp8_widen<T, typename Tile::F8>(x0, y);
+    fp8_widen<T, typename Tile::F8>(x1, z);
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(y[0]), "r"(y[1]), "r"(z[0]), "r"(z[1]) : "memory");
   }
 };
@@ -1750,10 +1757,14 @@ FLASHCORE_DEVICE void wgmma_kv8_convert(const flashcore_attention &a, const wgmm
     for (; part >= converter::kParts; part -= converter::kParts) at = at.next();
     const bool is_v = part >= converter::kBatches;
     const uint32_t tile = shared + (is_v ? Tile::kOffsetV + at.stage * Tile::kBytesV : Tile::kOffsetK + at.stage * Tile::kBytesK);
+    const uint32_t to = tile + (is_v ? part - converter::kBatches : part) * converter::kBatchRows * 128;
+    const uint32_t slot = slots + (n + 1) % Tile::kSlots * Tile::kBytesSlot;
     cp_async_wait<Tile::kSlots - 1>();
     mbarrier_wait(is_v ? barriers.v_free(at.stage) : barriers.k_free(at.stage), at.parity ^ 1u);
-    converter::store(slots + (n + 1) % Tile::kSlots * Tile::kBytesSlot,
-                     tile + (is_v ? part - converter::kBatches : part) * converter::kBatchRows * 128);
+    using T = typename Tile::T;
+    using V = typename wgmma_values<Tile>::type;
+    if (is_v || element<T>::kDtype == element<V>::kDtype) converter::template store<V>(slot, to);
+    else converter::template store<T>(slot, to);
     fence_proxy_async();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(is_v ? barriers.v_full(at.stage) : barriers.k_full(at.stage));

@@ -428,6 +428,9 @@ FLASHCORE_WGMMA_TILE(256, 256, kGeneralTile, 2, 64, 2, kQOnce, kLookAlways, 2);
 template <typename Tile, typename = void> struct wgmma_has_tile { static constexpr bool value = false; };
 template <typename Tile> struct wgmma_has_tile<Tile, decltype((void)Tile::kBlockQ)> { static constexpr bool value = true; };
 
+/* The type of V, and of P, in shared memory: that of Q. flashcore_fp8.cuh knows tiles where it is not. */
+template <typename Tile> struct wgmma_values { using type = typename Tile::T; };
+
 /* ---- hooks: what a kernel of your own may do besides; a score rule is flashcore.h's ----
  *
  * A prologue changes Q where it lies in shared memory, before the first product. Any copyable type with kActive = true and
@@ -797,11 +800,12 @@ FLASHCORE_DEVICE void wgmma_plan_tiles(const flashcore_attention &a, const wgmma
 /* What a warp keeps in registers: its 16 rows of O, of S and of P, their softmax state, its place in the rings. One object per thread. */
 template <typename Tile, typename Rule, typename Prologue, typename Epilogue> struct wgmma_warp {
   using T = typename Tile::T;
+  using V = typename wgmma_values<Tile>::type;
   using tile_row = swizzled_tile<128>;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move. f16 has no exponents to spend on that: its terms are
    * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows. */
-  static constexpr float kHeadroom = element<T>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr float kHeadroom = element<V>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
   static constexpr float kLargeReference = 16384.f; /* its last bit is 2^-10: more than the rounding of a term to f16 */
   static constexpr int kWaryBlocks = 8;             /* so many blocks after a sum was too large, maxima are looked at first */
 
@@ -919,7 +923,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     wgmma_pin(o);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<T, Tile::kHeadDimV>::template rs<1>(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
+    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<V, Tile::kHeadDimV>::template rs<1>(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
     wgmma_commit();
   }
   /* Fragment k of the warp's Q from shared memory. */
@@ -1060,7 +1064,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
         for (int x = 0; x < 2; ++x) {
           const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(large && y > kLimit ? kLimit : y); /* NaN stays */
           s[n][2 * h + x] = e;
-          part[x] += large ? element<T>::load(element<T>::store(e)) : e;
+          part[x] += large ? element<V>::load(element<V>::store(e)) : e;
         }
       sum[h] = part[0] + part[1];
     }
@@ -1097,7 +1101,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 #pragma unroll
     for (int k = 0; k < kBlockKv / 16; ++k)
 #pragma unroll
-      for (int x = 0; x < 4; ++x) p[k][x] = pack2<T>(s[2 * k + x / 2][x % 2 * 2], s[2 * k + x / 2][x % 2 * 2 + 1]);
+      for (int x = 0; x < 4; ++x) p[k][x] = pack2<V>(s[2 * k + x / 2][x % 2 * 2], s[2 * k + x / 2][x % 2 * 2 + 1]);
   }
 
   /* ---- the loop ---- */
