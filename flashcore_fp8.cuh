@@ -1585,8 +1585,8 @@ static inline CUresult make_qgmma_maps(const flashcore_attention &a, int block_k
 /* ================================================================================================================================
  * 12  wgmma: 16-bit Q beside fp8 K and V
  * ================================================================================================================================
- * For caches of K and V in fp8. Consumers and products are those of flashcore_wgmma.cuh, in the type of Q. Three warps widen K and V on their way into
- * the tiles: exactly, as every fp8 number is one of f16 and of bf16. They come by cp.async, which writes zeros where a sequence ends. */
+ * For caches of K and V in fp8. Consumers and products are those of flashcore_wgmma.cuh. On their way into the tiles three warps widen K to the type of Q,
+ * and V to f16: exactly, as every fp8 number is one of f16 and of bf16. They come by cp.async, which writes zeros where a sequence ends. */
 
 /* F8: of K and V; kSlots: batches of them that each converting warp has on their way; the others as in wgmma_tile */
 template <typename Base, typename F8_, int kSlots_> struct wgmma_kv8_tile : Base {
