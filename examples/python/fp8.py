@@ -95,8 +95,10 @@ def mixed(args):
         flop, right = 4.0 * batch * heads * seq_q * seq_kv * dim * (0.5 if causal else 1.0), error < 3 * race.UNIT[args.dtype]
         ratios[small].append(us["auto"] / us["fp8"])
         wrong += not right
-        print(f"{batch:7d} {heads:3d}/{heads_kv:<3d} {seq_q:6d} {seq_kv:6d} {dim:4d} {'yes' if causal else 'no':>6s} | {us['fp8']:7.1f} {flop / us['fp8'] * 1e-6:8.0f}"
-              f" {2e-3 * batch * heads_kv * seq_kv * dim / us['fp8']:11.0f} | {us['auto']:15.1f} {us['wgmma']:7.1f} | {us['auto'] / us['fp8']:13.3f} |"
+        cache_bytes = 2 * batch * heads_kv * seq_kv * dim
+        print(f"{batch:7d} {heads:3d}/{heads_kv:<3d} {seq_q:6d} {seq_kv:6d} {dim:4d} {'yes' if causal else 'no':>6s} | {us['fp8']:7.1f}"
+              f" {flop / us['fp8'] * 1e-6:8.0f} {1e-3 * cache_bytes / us['fp8']:11.0f} | {us['auto']:15.1f} {us['wgmma']:7.1f} |"
+              f" {us['auto'] / us['fp8']:13.3f} |"
               f" {error:.1e} | {ours.describe().kernel.decode()}" + ("" if right else "  WRONG"), flush=True)
     for small, name in ((False, "prefill"), (True, "few queries")):
         print(f"geometric mean over the 16-bit cache, {name}: {statistics.geometric_mean(ratios[small]):.3f} (least {min(ratios[small]):.3f})")
