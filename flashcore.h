@@ -711,6 +711,13 @@ FLASHCORE_DEVICE void cp_async_wait_all() {
 }
 
 #if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+/* Close the group of the cp.async that this thread has issued; wait until at most kPending of its groups are in flight.
+ *   ptx      cp.async.commit_group, cp.async.wait_group, sm_80, PTX 7.0
+ *   callers  any thread on its own
+ *   orders   what the finished groups have copied is visible to this thread; a barrier must follow before other threads read */
+FLASHCORE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending> FLASHCORE_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory"); }
+
 /* A barrier in shared memory that completes a phase whenever `arrivals` have come; 8 bytes, 8-aligned. Unlike bar.sync it lets those who arrive go on.
  *   ptx      mbarrier, sm_80, PTX 7.0; try_wait sm_90, PTX 7.8
  *   shapes   barrier: 32-bit shared address; parity: 0 for phases 0, 2, 4 ... A wait for parity 1 passes before the first phase has completed

@@ -25,9 +25,10 @@
  *   8  wgmma: one struct describes one kernel                              O: f16, bf16
  *   9  wgmma: the producer and the transposers
  *  10  wgmma: the consumers' mainloop                            not served: O in fp8 or fp32, page tables, key splits, addresses and strides that
- *  11  wgmma: kernel                                             are no multiples of 16 bytes; QGMMA: Q that is not fp8, negative strides, K and V
- *  12  quantisers: validation, launch, CPU reference             without keys
- *  13  attention: plan and launch
+ *  11  wgmma: kernel                                             are no multiples of 16 bytes; QGMMA: negative strides, K and V without keys
+ *  12  wgmma: 16-bit Q beside fp8 K and V                        QGMMA     Q: f16, bf16         64, 128, 256                                sm_90a
+ *  13  quantisers: validation, launch, CPU reference                       K, V: e4m3, e5m2
+ *  14  attention: plan and launch                                          O: f16, bf16         Q, O: as WGMMA; K, V: of whole 16 bytes
  *
  *   option, in the implementing file           what it does
  *   FLASHCORE_FP8_FAST                         QGMMA in the fast mode (qgmma_mode) instead of the accurate one; needs CUDA 12.4
@@ -52,7 +53,10 @@
  *   raw_full[st]          the producer + its bytes   the transposers     i & 1               a block of V has landed
  *   raw_free[st]          1 per transposing warp     the producer        (i & 1) ^ 1         it was read
  *   v_full[st]            1 per transposing warp     all consumer warps  i & 1               a block of V is there, transposed
- *   v_free[st]            1 per consumer warp        the transposers     (i & 1) ^ 1         it was read                                      */
+ *   v_free[st]            1 per consumer warp        the transposers     (i & 1) ^ 1         it was read
+ * Beside 16-bit Q, three warps widen K and V (wgmma_kv8_converter):
+ *   k_full, v_full[st]    1 per batch of rows        all consumer warps  i & 1               a block of K or V is there, widened
+ *   k_free, v_free[st]    1 per consumer warp        the converters      (i & 1) ^ 1         it was read                                      */
 #ifndef FLASHCORE_FP8_CUH
 #define FLASHCORE_FP8_CUH
 #include "flashcore.h"
@@ -234,6 +238,20 @@ template <typename F8> FLASHCORE_DEVICE uint32_t pack4(float a, float b, float c
   return fp8_encode<F8>(a) | fp8_encode<F8>(b) << 8 | fp8_encode<F8>(c) << 16 | fp8_encode<F8>(d) << 24;
 #endif
 }
+
+#if FLASHCORE_HAS_FP8_CVT || !defined(__CUDA_ARCH__)
+/* Four fp8 numbers as f16, exact; NaN and infinity stay.   ptx  cvt.rn.f16x2.e4m3x2, sm_89, PTX 8.1 (sm_90: 7.8); e5m2 is f16's upper byte */
+template <typename F8> FLASHCORE_DEVICE void widen4(uint32_t x, uint32_t &low, uint32_t &high) {
+  if constexpr (F8::kDtype == FLASHCORE_E4M3)
+    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
+        : "=r"(low), "=r"(high)
+        : "r"(x));
+  else {
+    low = __byte_perm(x, 0, 0x1404);
+    high = __byte_perm(x, 0, 0x3424);
+  }
+}
+#endif
 
 /* A head's factor for what is stored; 1 where there is none, NaN where it is negative. */
 FLASHCORE_DEVICE float fp8_descale(const flashcore_descale &d, int32_t batch, int32_t head) {
@@ -612,9 +630,8 @@ FLASHCORE_INLINE qmma_unit qmma_unit_of(float largest) {
   return {unit.value, inverse.value};
 }
 
-/* Selectors of prmt. Bytes 0, 2 and 1, 3 of two words of transposed V: two keys of each, of dim 2g and of dim 2g + 1. Bytes 0, 1 and 2, 3 of a word as
- * the upper bytes of two halves. */
-static constexpr uint32_t kQmmaEvenDims = 0x6420, kQmmaOddDims = 0x7531, kQmmaLowHalves = 0x1404, kQmmaHighHalves = 0x3424;
+/* Selectors of prmt. Bytes 0, 2 and 1, 3 of two words of transposed V: two keys of each, of dim 2g and of dim 2g + 1. */
+static constexpr uint32_t kQmmaEvenDims = 0x6420, kQmmaOddDims = 0x7531;
 
 #if FLASHCORE_HAS_QMMA || !defined(__CUDA_ARCH__)
 
@@ -666,18 +683,6 @@ FLASHCORE_DEVICE void qmma_pack_p(const float (&s)[4][4], uint32_t (&p)[4]) {
   for (int x = 0; x < 4; ++x)
     p[x] = pack4<e4m3>(s[order::p_tile(x, 0)][order::p_element(x, 0)], s[order::p_tile(x, 1)][order::p_element(x, 1)],
                        s[order::p_tile(x, 2)][order::p_element(x, 2)], s[order::p_tile(x, 3)][order::p_element(x, 3)]);
-}
-
-/* Four fp8 numbers as f16, exact; NaN and infinity stay.   ptx  cvt.rn.f16x2.e4m3x2, sm_89, PTX 8.1 (sm_90: 7.8); e5m2 is f16's upper byte */
-template <typename F8> FLASHCORE_DEVICE void widen4(uint32_t x, uint32_t &low, uint32_t &high) {
-  if constexpr (F8::kDtype == FLASHCORE_E4M3)
-    asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.rn.f16x2.e4m3x2 %0, l;\n\tcvt.rn.f16x2.e4m3x2 %1, h;\n\t}"
-        : "=r"(low), "=r"(high)
-        : "r"(x));
-  else {
-    low = __byte_perm(x, 0, kQmmaLowHalves);
-    high = __byte_perm(x, 0, kQmmaHighHalves);
-  }
 }
 
 /* What a kernel multiplies with, 32 dims or keys at a time: A of Q or P, kWords registers, by B of K or V, half as many. Here all are fp8.
@@ -1993,12 +1998,266 @@ static inline CUresult make_qgmma_maps(const flashcore_attention &a, int block_k
 }
 #endif
 
+/* ================================================================================================================================
+ * 12  wgmma: 16-bit Q beside fp8 K and V
+ * ================================================================================================================================
+ * For caches of K and V in fp8. Consumers and products are those of flashcore_wgmma.cuh. On their way into the tiles three warps widen K to the type of Q,
+ * and V to f16: exactly, as every fp8 number is one of f16 and of bf16. They come by cp.async, which writes zeros where a sequence ends. */
+
+/* F8: of K and V; kSlots: batches of them that each converting warp has on their way; the others as in wgmma_tile */
+template <typename Base, typename F8_, int kSlots_> struct wgmma_kv8_tile : Base {
+  using F8 = F8_;
+  static constexpr bool kScaled = true;
+  static constexpr int kHeadDim = Base::kHeadDimV, kConverters = 3, kPieces = 8, kSlots = kSlots_;
+
+  /* Shared memory: the slots, between the tiles and the barriers. */
+  static constexpr int kBytesSlot = kPieces * 512, kOffsetSlots = Base::kOffsetBarriers,
+                       kOffsetBarriers = kOffsetSlots + kConverters * kSlots * kBytesSlot,
+                       kSharedBytes = kOffsetBarriers + Base::kBytesBarriers + 1024;
+
+  /* Widening wants registers, of which O leaves few at 256 dims. */
+  static constexpr bool kGives = Base::kGroups == 2 && kHeadDim <= 128;
+  static constexpr int kProducerRegisters = kGives ? 40 : Base::kProducerRegisters, kConsumerRegisters = kGives ? 232 : Base::kConsumerRegisters;
+  static constexpr int kLaunchRegisters = 65536 / Base::kThreads / 8 * 8; /* of a thread, until they are shared out */
+  static_assert(Base::kHeadDimQk == Base::kHeadDimV, "K and V are shared out alike");
+  static_assert(128 * (kProducerRegisters + Base::kGroups * kConsumerRegisters) <= kLaunchRegisters * Base::kThreads, "or setmaxnreg waits for ever");
+};
+
+template <typename T, typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_kv8_tile_for;
+#define FLASHCORE_KV8_TILE(dim, shape, slots, ...)                                                                                                   \
+  template <typename T, typename F8> struct wgmma_kv8_tile_for<T, F8, dim, shape> : wgmma_kv8_tile<__VA_ARGS__, F8, slots> {}
+
+/*                 dim, shape, slots, the 16-bit tile */
+FLASHCORE_KV8_TILE(64, kWideTile, 4, wgmma_tile_for<T, 64, 64, kWideTile>);
+FLASHCORE_KV8_TILE(64, kGeneralTile, 4, wgmma_tile_for<T, 64, 64, kGeneralTile>);
+FLASHCORE_KV8_TILE(128, kWideTile, 4, wgmma_tile<T, 128, 128, 2, 128, 2, kQFragments, kLookAtSums>); /* a stage less, for the slots */
+FLASHCORE_KV8_TILE(128, kGeneralTile, 4, wgmma_tile_for<T, 128, 128, kGeneralTile>);
+FLASHCORE_KV8_TILE(256, kWideTile, 2, wgmma_tile_for<T, 256, 256, kExactTile>); /* its LSE is right, and without it is hardly faster */
+FLASHCORE_KV8_TILE(256, kGeneralTile, 2, wgmma_tile_for<T, 256, 256, kGeneralTile>);
+
+#if !defined(FLASHCORE_KV8_VALUES_AS_Q)
+/* V and P are f16 beside bf16 Q, too. WHY: to bf16, widening takes twice as many instructions. */
+template <typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_values<wgmma_kv8_tile_for<__nv_bfloat16, F8, kHeadDim, kShape>> {
+  using type = __half;
+};
+#endif
+
+#if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
+
+/* Four fp8 numbers as two pairs of T. Exact. */
+template <typename T, typename F8> FLASHCORE_DEVICE void fp8_widen(uint32_t x, uint32_t (&y)[2]) {
+  widen4<F8>(x, y[0], y[1]);
+  if constexpr (element<T>::kDtype == FLASHCORE_BF16)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float lo, hi;
+      unpack2<__half>(y[i], lo, hi);
+      y[i] = pack2<__nv_bfloat16>(lo, hi);
+    }
+}
+
+/* What one converting warp brings: of the batches of K and V, in the order K V K V ..., every kConverters-th. A batch is kPieces pieces, a piece
+ * kRows rows with 16 bytes a lane. kSlots batches are on their way, or there, in shared memory of the warp's own: a lane finds what it has asked for
+ * itself, so that no barrier is needed, and the bytes on their way need no registers.
+ *
+ *   lane, row of the piece, chunk of 16 fp8:    lane % 4         chunk within 64 dims, which are two chunks of 16-bit elements in a swizzled row
+ *                                               lane / 4 % 2     row's last bit: eight lanes in a row then store to distinct banks
+ *                                               lane / 8         which 64 dims, and the row's other bits */
+template <typename Tile> struct wgmma_kv8_converter {
+  static constexpr int kPanels = Tile::kHeadDim / 64, kRows = 8 / kPanels, kPieces = Tile::kPieces, kBatchRows = kPieces * kRows;
+  static constexpr int kBatches = Tile::kBlockKv / kBatchRows, kParts = 2 * kBatches; /* of K or V; of both */
+  static constexpr int kTogether = Tile::kGives ? 2 : 1;                              /* pieces widened at once, as registers allow */
+  static_assert(Tile::kHeadDim == 64 || Tile::kHeadDim == 128 || Tile::kHeadDim == 256, "lanes are shared out for these");
+  static_assert(Tile::kBlockKv % kBatchRows == 0 && kBatchRows % 8 == 0, "whole batches of whole swizzle groups");
+
+  const flashcore_attention &a;
+  const wgmma_schedule &plan;
+  const char *k, *v; /* this lane's chunk of the sequence's first row */
+  wgmma_work w;
+  int round, block, part; /* part: of kParts in the block of keys; the batch that is asked for */
+
+  __forceinline__ __device__ wgmma_kv8_converter(const flashcore_attention &a_, const wgmma_schedule &plan_, int warp)
+      : a(a_), plan(plan_), k(nullptr), v(nullptr), round(-1), block(0), part(kParts + warp - Tile::kConverters) {
+    w.begin = 0; /* the first batch lies beyond a block that is not there */
+  }
+  static __forceinline__ __device__ int panel() { return (int)threadIdx.x % 32 / 8 % kPanels; }
+  static __forceinline__ __device__ int chunk() { return 4 * panel() + threadIdx.x % 4; }
+  static __forceinline__ __device__ int row() { return (int)threadIdx.x % 32 / 8 / kPanels * 2 + threadIdx.x / 4 % 2; }
+
+  /* On to the next batch; false: there is none. */
+  __forceinline__ __device__ bool advance() {
+    part += Tile::kConverters;
+#pragma unroll 1
+    while (part >= kParts) {
+      part -= kParts;
+      if (--block >= w.begin) continue;
+      if (!wgmma_next_tile<Tile>(round, a, plan, w)) return false;
+      const int batch = a.cu_seqlens_kv ? 0 : w.batch, head = plan.group.quotient(w.head >> plan.pack_log2);
+      k = static_cast<const char *>(a.k.data) + batch * a.k.stride_b + w.kv_row * a.k.stride_s + head * a.k.stride_h + 16 * chunk();
+      v = static_cast<const char *>(a.v.data) + batch * a.v.stride_b + w.kv_row * a.v.stride_s + head * a.v.stride_h + 16 * chunk();
+      block = w.end - 1;
+    }
+    return true;
+  }
+  /* Ask for the batch; zeros beyond the sequence and the dims: 0 * NaN would be NaN. */
+  __forceinline__ __device__ void load(uint32_t slot) const {
+    const bool is_v = part >= kBatches;
+    const int first = block * Tile::kBlockKv + (is_v ? part - kBatches : part) * kBatchRows + row();
+    const int live = 16 * chunk() < (is_v ? a.dim_v : a.dim_qk) ? w.len_kv - first : 0;
+    const int64_t stride = is_v ? a.v.stride_s : a.k.stride_s, step = kRows * stride;
+    const char *from = (is_v ? v : k) + first * stride;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i, from += step) cp_async<16>(slot + i * 512, from, i * kRows < live);
+  }
+  /* The batch in a slot, as T, to where it begins in a tile: [kPanels][kBlockKv][64], swizzled. */
+  template <typename T> static __forceinline__ __device__ void store(uint32_t slot, uint32_t batch) {
+    const uint32_t mine = batch + panel() * Tile::kBlockKv * 128 + swizzled_tile<128>::offset(row(), 2 * (chunk() % 4));
+#pragma unroll
+    for (int first = 0; first < kPieces; first += kTogether) {
+      uint32_t x[kTogether][4];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i)
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(x[i][0]), "=r"(x[i][1]), "=r"(x[i][2]), "=r"(x[i][3])
+                     : "r"(slot + (first + i) * 512)
+                     : "memory");
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int rows = (first + i) * kRows; /* before the piece */
+        const uint32_t to = (mine ^ (uint32_t)(rows % 8 << 4)) + rows * 128;
+        store_wide<T>(to, x[i][0], x[i][1]);
+        store_wide<T>(to ^ 16, x[i][2], x[i][3]);
+      }
+    }
+  }
+  template <typename T> static __forceinline__ __device__ void store_wide(uint32_t to, uint32_t x0, uint32_t x1) {
+    uint32_t y[2], z[2];
+    fp8_widen<T, typename Tile::F8>(x0, y);
+    fp8_widen<T, typename Tile::F8>(x1, z);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(y[0]), "r"(y[1]), "r"(z[0]), "r"(z[1]) : "memory");
+  }
+};
+
+/* All K and V of the block's tiles.   callers  Tile::kConverters warps, each converged; warp: 0 .. kConverters - 1 */
+template <typename Tile>
+FLASHCORE_DEVICE void wgmma_kv8_convert(const flashcore_attention &a, const wgmma_schedule &plan, uint32_t shared, int warp) {
+  using converter = wgmma_kv8_converter<Tile>;
+  const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  const uint32_t slots = shared + Tile::kOffsetSlots + warp * Tile::kSlots * Tile::kBytesSlot + threadIdx.x % 32 * 16;
+  converter source(a, plan, warp);
+  wgmma_ring<Tile::kStages> at = {0, 0}; /* of the batch that is stored, and its part */
+  int part = warp, waiting = 0;          /* batches asked for and not stored yet */
+  bool more = true;
+  for (int n = 0;; ++n) { /* batch n is asked for, batch n - (kSlots - 1) is stored */
+    if (more) more = source.advance();
+    if (more) {
+      source.load(slots + n % Tile::kSlots * Tile::kBytesSlot);
+      ++waiting;
+    }
+    cp_async_commit();
+    if (n < Tile::kSlots - 1) continue;
+    if (waiting-- == 0) return;
+#pragma unroll 1
+    for (; part >= converter::kParts; part -= converter::kParts) at = at.next();
+    const bool is_v = part >= converter::kBatches;
+    const uint32_t tile = shared + (is_v ? Tile::kOffsetV + at.stage * Tile::kBytesV : Tile::kOffsetK + at.stage * Tile::kBytesK);
+    const uint32_t to = tile + (is_v ? part - converter::kBatches : part) * converter::kBatchRows * 128;
+    const uint32_t slot = slots + (n + 1) % Tile::kSlots * Tile::kBytesSlot;
+    cp_async_wait<Tile::kSlots - 1>();
+    mbarrier_wait(is_v ? barriers.v_free(at.stage) : barriers.k_free(at.stage), at.parity ^ 1u);
+    using T = typename Tile::T;
+    using V = typename wgmma_values<Tile>::type;
+    if (is_v || element<T>::kDtype == element<V>::kDtype) converter::template store<V>(slot, to);
+    else converter::template store<T>(slot, to);
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(is_v ? barriers.v_full(at.stage) : barriers.k_full(at.stage));
+    part += Tile::kConverters;
+  }
+}
+
+/* What the consumers have to know of a tile: lane i works it out for consumer warp i. more: there is a tile.   callers  one warp, converged */
+template <typename Tile, typename Rule>
+FLASHCORE_DEVICE void wgmma_kv8_plan_tile(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int tile, bool more,
+                                          wgmma_shared<Tile> &block, uint32_t shared) {
+  const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  const int lane = threadIdx.x % 32, row_in_tile = lane * 16;
+  mbarrier_wait(barriers.work_free(tile), (tile / 2 & 1) ^ 1);
+  if (lane < Tile::kConsumerWarps) {
+    wgmma_walk &walk = block.walks[tile % 2][lane];
+    if (more) {
+      const int kv_head = plan.group.quotient(w.head >> plan.pack_log2);
+      const float k_scale = fp8_descale(a.k_descale, w.batch, kv_head);
+      wgmma_find_walk<Tile>(a, plan, w, row_in_tile / 64 * 64, row_in_tile, walk);
+      walk.scale = Rule::kActive ? a.scale * k_scale : fp8_normal(plan.scale_log2 * k_scale);
+      walk.v_scale = fp8_descale(a.v_descale, w.batch, kv_head);
+    } else walk.blocks = 0;
+    mbarrier_arrive(barriers.work_full(tile));
+  }
+  __syncwarp();
+}
+
+/* Q of the block's tiles, and their plan.   callers  one warp, converged
+ *   WHY the order: Q waits until the tile before has no use for it; where that is its end, the consumers would wait for the plan */
+template <typename Tile, typename Rule>
+FLASHCORE_DEVICE void wgmma_kv8_produce(const flashcore_attention &a, const wgmma_schedule &plan, const tensor_map &map, wgmma_shared<Tile> &block,
+                                        uint32_t shared) {
+  const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
+  const wgmma_input in = {map, a.q, a.dim_qk, (int32_t)flashcore_extents_of(&a).rows_q, plan.pack_log2 > 0};
+  const int copy = Rule::kActive ? plan.copy : 0;
+  wgmma_ring<Tile::kQStages> q = {0, 0};
+  wgmma_work w;
+  int tile = 0;
+  for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w); ++tile) {
+    if (!Tile::kOverlapsTiles) wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
+    for (int wg = 0; wg < Tile::kGroups; ++wg)
+      wgmma_fill<Tile::kColumnsQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, in, copy, barriers.q_full(q.stage, wg),
+                                       barriers.q_free(q.stage, wg), q.parity, w.q_row + plan.query_of(w.row0 + 64 * wg), w.head >> plan.pack_log2,
+                                       a.cu_seqlens_q ? 0 : w.batch);
+    q = q.next();
+    if (Tile::kOverlapsTiles) wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
+  }
+  wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, false, block, shared);
+}
+
+#endif /* FLASHCORE_HAS_SM90A */
+
+/* O = v_descale softmax(rule(k_descale scale Q K^T)) V, of 16-bit Q and O.
+ *   shapes   map: of Q; plan: its `ragged` is 0, as K and V past the end of a sequence are zeros already
+ *   callers  as for wgmma_kernel */
+template <typename Tile, typename Rule>
+FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
+    wgmma_kv8_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan,
+                     const __grid_constant__ tensor_map map, const Rule rule) {
+#if FLASHCORE_HAS_SM90A
+  extern __shared__ __align__(128) unsigned char flashcore_shared[];
+  const uint32_t shared = (shared_address(flashcore_shared) + 1023) & ~1023u;
+  __shared__ wgmma_shared<Tile> block;
+  if (threadIdx.x == 0) wgmma_barriers<Tile>{shared + Tile::kOffsetBarriers}.init(wgmma_kv8_converter<Tile>::kBatches);
+  __syncthreads();
+  const int warp_index = warp_uniform((int)threadIdx.x / 32);
+  if (warp_index < 4) {
+    setmaxnreg_dec<Tile::kProducerRegisters>();
+    if (warp_index == 0) wgmma_kv8_produce<Tile, Rule>(a, plan, map, block, shared);
+    else wgmma_kv8_convert<Tile>(a, plan, shared, warp_index - 1);
+  } else {
+    setmaxnreg_inc<Tile::kConsumerRegisters>();
+    const no_prologue prologue;
+    const no_epilogue epilogue;
+    wgmma_warp<Tile, Rule, no_prologue, no_epilogue> warp(block, shared, rule, prologue, epilogue);
+    warp.consume(a, plan);
+  }
+#else
+  __trap();
+#endif
+}
+
 } // namespace v0_1_0
 } // namespace flashcore
 #endif /* __CUDACC__ */
 
 /* ================================================================================================================================
- * 12  Quantisers: validation, launch, CPU reference
+ * 13  Quantisers: validation, launch, CPU reference
  * ================================================================================================================================ */
 #if !defined(__CUDACC_RTC__) && defined(FLASHCORE_IMPLEMENTATION)
 
@@ -2289,7 +2548,7 @@ FLASHCORE_API flashcore_status flashcore_fp8_quantise_reference(const flashcore_
 #endif
 
 /* ================================================================================================================================
- * 13  Attention: plan and launch
+ * 14  Attention: plan and launch
  * ================================================================================================================================ */
 #if defined(__CUDACC__) && !defined(__CUDACC_RTC__) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
 
@@ -2335,6 +2594,120 @@ static flashcore_status flashcore_fp8_check_attention(const flashcore_attention 
   }
   return FLASHCORE_OK;
 }
+
+enum { FLASHCORE_KV8_COPY, FLASHCORE_KV8_GENERAL }; /* of flashcore_plan.param */
+
+/* ---- wgmma, 16-bit Q beside fp8 K and V ---- */
+
+/* The problem with Q for K and V, too: its copy tells how Q and O can be moved. */
+static flashcore_attention flashcore_kv8_queries(const flashcore_attention *a) {
+  flashcore_attention queries = *a;
+  queries.k = queries.v = a->q;
+  queries.heads_kv = a->heads_q;
+  queries.seq_kv = a->seq_q;
+  queries.cu_seqlens_kv = a->cu_seqlens_q;
+  queries.total_kv = a->total_q;
+  return queries;
+}
+
+/* What fp8 kernels ask of K and V; Q and O lie as they like. */
+static flashcore_status flashcore_kv8_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  flashcore_attention keys = *a;
+  keys.dtype = a->dtype_kv;
+  keys.q = keys.o = flashcore_tensor{};
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(&keys, device, "qgmma", false, 90, error));
+  if (device->arch != 90)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
+                            "the qgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
+  return FLASHCORE_OK;
+}
+
+/* The instance a problem gets. */
+template <typename T, typename F8, int kHeadDim> static void flashcore_kv8_use(bool general, flashcore_plan *plan) {
+  using namespace flashcore;
+  using wide = wgmma_kv8_tile_for<T, F8, kHeadDim, kWideTile>;
+  using slim = wgmma_kv8_tile_for<T, F8, kHeadDim, kGeneralTile>;
+  plan->kernel = general ? reinterpret_cast<const void *>(&wgmma_kv8_kernel<slim, descriptor_rule>)
+                         : reinterpret_cast<const void *>(&wgmma_kv8_kernel<wide, no_rule>);
+  plan->d.block_q = general ? slim::kBlockQ : wide::kBlockQ;
+  plan->d.block_kv = general ? slim::kBlockKv : wide::kBlockKv;
+  plan->d.stages = general ? slim::kStages : wide::kStages;
+  plan->d.head_dim_qk = plan->d.head_dim_v = kHeadDim;
+  plan->d.threads = general ? slim::kThreads : wide::kThreads;
+  plan->d.shared_bytes = general ? slim::kSharedBytes : wide::kSharedBytes;
+}
+/* The smallest instance that holds both dims, at most 256. */
+template <typename T, typename F8> static void flashcore_kv8_pick(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+  const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
+  if (dim <= 64) flashcore_kv8_use<T, F8, 64>(general, plan);
+  else if (dim <= 128) flashcore_kv8_use<T, F8, 128>(general, plan);
+  else flashcore_kv8_use<T, F8, 256>(general, plan);
+}
+template <typename T> static void flashcore_kv8_select(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+#if !defined(FLASHCORE_NO_E4M3)
+  if (a->dtype_kv == FLASHCORE_E4M3) flashcore_kv8_pick<T, flashcore::e4m3>(a, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_E5M2)
+  if (a->dtype_kv == FLASHCORE_E5M2) flashcore_kv8_pick<T, flashcore::e5m2>(a, general, plan);
+#endif
+}
+
+static flashcore_status flashcore_kv8_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                           flashcore_error *error) {
+  FLASHCORE_FP8_TRY(flashcore_kv8_check(a, device, error));
+  const int32_t copy = flashcore::wgmma_copy_of(flashcore_kv8_queries(a));
+  const bool general = copy || flashcore_has_rule(a);
+#if !defined(FLASHCORE_NO_F16)
+  if (a->dtype == FLASHCORE_F16) flashcore_kv8_select<__half>(a, general, plan);
+#endif
+#if !defined(FLASHCORE_NO_BF16)
+  if (a->dtype == FLASHCORE_BF16) flashcore_kv8_select<__nv_bfloat16>(a, general, plan);
+#endif
+  if (!plan->kernel)
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", a->dtype_kv, 0,
+                            "dtype_kv: the qgmma kernel was compiled without type %d for Q, or %d for K and V", (int)a->dtype, (int)a->dtype_kv);
+  if (flashcore::wgmma_lacks_body(plan->kernel, device->ordinal))
+    return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "device", device->arch, 90,
+                            "the qgmma kernel was compiled for sm_90: it needs sm_90a (-gencode arch=compute_90a,code=sm_90a)");
+  flashcore_description *d = &plan->d;
+  d->packed_group = copy ? 1 : flashcore::wgmma_pack_of(*a, d->block_q);
+  const int64_t units = (int64_t)a->heads_q / d->packed_group * a->batch, rows = (int64_t)a->seq_q * d->packed_group;
+  const int64_t tiles = (rows + d->block_q - 1) / d->block_q, most = INT32_MAX / 2 / tiles;
+  if (units > most)
+    return flashcore_refuse(error, FLASHCORE_INVALID_SIZE, "batch", units, most,
+                            "batch * heads_q / %d is %lld: the qgmma kernel takes %lld of %lld tiles", (int)d->packed_group, (long long)units,
+                            (long long)most, (long long)tiles);
+  d->backend = FLASHCORE_BACKEND_QGMMA;
+  d->splits = 1;
+  plan->param[FLASHCORE_KV8_COPY] = copy;
+  plan->param[FLASHCORE_KV8_GENERAL] = general;
+  d->grid = tiles * units < device->sm_count ? tiles * units : device->sm_count;
+  snprintf(d->kernel, sizeof d->kernel, "qgmma %s/%s d%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16",
+           a->dtype_kv == FLASHCORE_E4M3 ? "e4m3" : "e5m2", (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv,
+           copy      ? " general, copied"
+           : general ? " general"
+                     : "");
+  return FLASHCORE_OK;
+}
+
+static flashcore_status flashcore_kv8_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                             flashcore_error *error) {
+  flashcore_attention args = *a;
+  flashcore::wgmma_schedule schedule =
+      flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.packed_group, plan->param[FLASHCORE_KV8_GENERAL] != 0, plan->d.grid);
+  flashcore::tensor_map map = {};
+  CUresult code = CUDA_SUCCESS;
+  schedule.copy = plan->param[FLASHCORE_KV8_COPY];
+  schedule.ragged = 0;
+  if (!schedule.copy) code = flashcore::wgmma_encode(flashcore::wgmma_views_of(*a, plan->d.packed_group).q, a->dtype, 64, map);
+  if (code != CUDA_SUCCESS)
+    return flashcore_refuse(error, FLASHCORE_CUDA_ERROR, "cuTensorMapEncodeTiled", code, CUDA_SUCCESS, "cuTensorMapEncodeTiled: error %d", (int)code);
+  flashcore::descriptor_rule rule; /* as empty as no_rule: either kernel takes it */
+  void *kernel_args[4] = {&args, &schedule, &map, &rule};
+  return flashcore_launch(plan, kernel_args, stream, error);
+}
+
+/* ---- wgmma ---- */
 
 /* Besides, inputs that TMA can read: strides not negative and less than 2^40 bytes, and a key. */
 static flashcore_status flashcore_qgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
@@ -2400,6 +2773,7 @@ template <typename T> static void flashcore_qgmma_select(const flashcore_attenti
 
 static flashcore_status flashcore_qgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                              flashcore_error *error) {
+  if (flashcore_fp8_is_mixed(a)) return flashcore_kv8_plan(a, device, plan, error);
   FLASHCORE_FP8_TRY(flashcore_qgmma_check(a, device, error));
   const bool general = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_E4M3)
@@ -2432,6 +2806,7 @@ static flashcore_status flashcore_qgmma_plan(const flashcore_attention *a, const
 
 static flashcore_status flashcore_qgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                                flashcore_error *error) {
+  if (flashcore_fp8_is_mixed(a)) return flashcore_kv8_launch(a, plan, stream, error);
   flashcore_attention args = *a;
   flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, 1, flashcore_has_rule(a), plan->d.grid);
   flashcore::wgmma_maps maps;

@@ -369,6 +369,8 @@ struct wgmma_tile {
   static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kReference_ == kLookAtSums;
   static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
 
+  static constexpr bool kScaled = false; /* each tile has factors of its own (wgmma_walk), and O a type of its own */
+
   static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
 
   /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], V [kStages]; each [columns / 64][rows][64]. */
@@ -425,6 +427,9 @@ FLASHCORE_WGMMA_TILE(256, 256, kGeneralTile, 2, 64, 2, kQOnce, kLookAlways, 2);
 /* Is it in the table? */
 template <typename Tile, typename = void> struct wgmma_has_tile { static constexpr bool value = false; };
 template <typename Tile> struct wgmma_has_tile<Tile, decltype((void)Tile::kBlockQ)> { static constexpr bool value = true; };
+
+/* The type of V, and of P, in shared memory: that of Q. flashcore_fp8.cuh knows tiles where it is not. */
+template <typename Tile> struct wgmma_values { using type = typename Tile::T; };
 
 /* ---- hooks: what a kernel of your own may do besides; a score rule is flashcore.h's ----
  *
@@ -558,6 +563,7 @@ struct alignas(16) wgmma_walk {
   int32_t row;         /* the warp's first row */
   int64_t o, lse;      /* offsets of that row, in elements */
   wgmma_work tile;
+  float scale, v_scale; /* Tile::kScaled: of the products, in log2 units, or natural ones in kernels with a rule; of O */
 };
 
 /* The keys that a row sees; rows past the end count as the last. */
@@ -658,11 +664,11 @@ template <typename Tile> struct wgmma_barriers {
   static constexpr int kBytes = 8 * (4 * kStages + 2 * kQs + 4);
   static_assert(kBytes <= Tile::kBytesBarriers, "fits the place that the tile keeps for it");
 
-  /* callers  one thread, then a barrier of the block */
-  __forceinline__ __device__ void init() const {
+  /* kv_arrivals: at k_full, v_full in each phase     callers  one thread, then a barrier of the block */
+  __forceinline__ __device__ void init(int kv_arrivals = 1) const {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(k_full(i), 1);
-      mbarrier_init(v_full(i), 1);
+      mbarrier_init(k_full(i), kv_arrivals);
+      mbarrier_init(v_full(i), kv_arrivals);
       mbarrier_init(k_free(i), Tile::kConsumerWarps);
       mbarrier_init(v_free(i), Tile::kConsumerWarps);
     }
@@ -794,11 +800,12 @@ FLASHCORE_DEVICE void wgmma_plan_tiles(const flashcore_attention &a, const wgmma
 /* What a warp keeps in registers: its 16 rows of O, of S and of P, their softmax state, its place in the rings. One object per thread. */
 template <typename Tile, typename Rule, typename Prologue, typename Epilogue> struct wgmma_warp {
   using T = typename Tile::T;
+  using V = typename wgmma_values<Tile>::type;
   using tile_row = swizzled_tile<128>;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move. f16 has no exponents to spend on that: its terms are
    * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows. */
-  static constexpr float kHeadroom = element<T>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+  static constexpr float kHeadroom = element<V>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
   static constexpr float kLargeReference = 16384.f; /* its last bit is 2^-10: more than the rounding of a term to f16 */
   static constexpr int kWaryBlocks = 8;             /* so many blocks after a sum was too large, maxima are looked at first */
 
@@ -916,7 +923,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     wgmma_pin(o);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<T, Tile::kHeadDimV>::template rs<1>(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
+    for (int k = 0; k < kBlockKv / 16; ++k) wgmma<V, Tile::kHeadDimV>::template rs<1>(o, p[k], v_tile + (k * 2048 >> 4), accumulate || k > 0);
     wgmma_commit();
   }
   /* Fragment k of the warp's Q from shared memory. */
@@ -959,6 +966,11 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* ---- scores to probabilities ---- */
 
+  /* What the exponential multiplies scores with: in kernels with a rule, which has scaled them, 1. */
+  static __forceinline__ __device__ float scale_log2_of(const wgmma_schedule &plan, const wgmma_walk &w) {
+    if constexpr (Tile::kScaled && !Rule::kActive) return w.scale;
+    else return plan.scale_log2;
+  }
   /* Row of the sequence of accumulator half h (rows g, g + 8). */
   static __forceinline__ __device__ int row_of(const wgmma_walk &w, int h) { return w.row + lane() / 4 + 8 * h; }
 
@@ -976,7 +988,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
           at.key = min(j * kBlockKv + n * 8 + 2 * (lane() % 4) + x, tile.len_kv - 1);
-          s[n][2 * h + x] = softmax_log2_units(rule(a, s[n][2 * h + x] * a.scale, at));
+          s[n][2 * h + x] = softmax_log2_units(rule(a, s[n][2 * h + x] * (Tile::kScaled ? w.scale : a.scale), at));
         }
     }
   }
@@ -1052,7 +1064,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
         for (int x = 0; x < 2; ++x) {
           const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(large && y > kLimit ? kLimit : y); /* NaN stays */
           s[n][2 * h + x] = e;
-          part[x] += large ? element<T>::load(element<T>::store(e)) : e;
+          part[x] += large ? element<V>::load(element<V>::store(e)) : e;
         }
       sum[h] = part[0] + part[1];
     }
@@ -1069,18 +1081,19 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
                                                         bool edge, float (&sum)[2]) {
     if constexpr (Rule::kActive) apply_rule(a, plan, w, j);
     if (edge) mask(a, plan, w, j);
-    const bool moved = look(plan.scale_log2);
-    exponentiate_any(sum, plan.scale_log2);
+    const float scale_log2 = scale_log2_of(plan, w);
+    const bool moved = look(scale_log2);
+    exponentiate_any(sum, scale_log2);
     return moved;
   }
   /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
   __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int blocks, bool edge) {
     if constexpr (Rule::kActive) apply_rule(a, plan, w, w.begin + blocks - 1);
     if (edge) mask(a, plan, w, w.begin + blocks - 1);
-    const float top[2] = {quad_max(lane_max(0)), quad_max(lane_max(1))};
+    const float top[2] = {quad_max(lane_max(0)), quad_max(lane_max(1))}, scale_log2 = scale_log2_of(plan, w);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) m[h] = fmaxf(softmax_reference(top[h], plan.scale_log2) + kHeadroom, FLASHCORE_EMPTY_MAX);
-    exponentiate_any(l, plan.scale_log2);
+    for (int h = 0; h < 2; ++h) m[h] = fmaxf(softmax_reference(top[h], scale_log2) + kHeadroom, FLASHCORE_EMPTY_MAX);
+    exponentiate_any(l, scale_log2);
   }
   /* p from s. WHY: the pin keeps the roundings behind the wait before it: ahead of it they need registers beside those that P V still reads. */
   __forceinline__ __device__ void pack_p() {
@@ -1088,7 +1101,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 #pragma unroll
     for (int k = 0; k < kBlockKv / 16; ++k)
 #pragma unroll
-      for (int x = 0; x < 4; ++x) p[k][x] = pack2<T>(s[2 * k + x / 2][x % 2 * 2], s[2 * k + x / 2][x % 2 * 2 + 1]);
+      for (int x = 0; x < 4; ++x) p[k][x] = pack2<V>(s[2 * k + x / 2][x % 2 * 2], s[2 * k + x / 2][x % 2 * 2 + 1]);
   }
 
   /* ---- the loop ---- */
@@ -1143,7 +1156,6 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* All tiles of the block.   callers  all warps of the consumer warpgroups */
   __forceinline__ __device__ void consume(const flashcore_attention &a, const wgmma_schedule &plan) {
-    const float scale_log2 = plan.scale_log2;
     bool accumulate = false;
     for (int tile = 0;; ++tile) {
       const wgmma_walk &w = block.walks[tile % 2][threadIdx.x / 32 - 4], &before = block.walks[(tile + 1) % 2][threadIdx.x / 32 - 4];
@@ -1156,6 +1168,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       if (tile > 0 && lane() == 0) mbarrier_arrive(barriers().work_free(tile + 1));
       if (keys < kBlockKv) zero_tail(keys);
       pack_p();
+      const float scale_log2 = scale_log2_of(plan, w);
 
       wary = max(wary, first_edges - 1); /* a block that some row does not see in full needs a look */
       accumulate = false;
@@ -1226,9 +1239,14 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
     for (int h = 0; h < 2; ++h)
       if (a.lse && lane() % 4 == 0 && row_of(w, h) < w.tile.rows) dst[h * plan.lse_step] = lse[h];
   }
+  static __forceinline__ __device__ uint32_t pack_o(const flashcore_attention &a, float lo, float hi) {
+    if (!Tile::kScaled) return pack2<T>(lo, hi);
+    return a.dtype_o == FLASHCORE_F16 ? pack2<__half>(lo, hi) : pack2<__nv_bfloat16>(lo, hi);
+  }
   /* O of live rows and dims. The lanes of a quad trade words, so that each has 8 dims in a row: of four column tiles, lane t gets tile t. */
   __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
     const int column = lane() % 4 * 8, row = lane() / 4, rows = w.tile.rows - w.row - row; /* to come, this lane's first included */
+    if constexpr (Tile::kScaled) inverse[0] *= w.v_scale, inverse[1] *= w.v_scale;
     const int64_t first = w.o + plan.query_of(row) * a.o.stride_s + plan.head_of(row) * a.o.stride_h + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -1246,7 +1264,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
         for (int n = 0; n < kTilesO; n += 4) {
           uint32_t x[4];
 #pragma unroll
-          for (int t = 0; t < 4; ++t) x[t] = pack2<T>(o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
+          for (int t = 0; t < 4; ++t) x[t] = pack_o(a, o[n + t][2 * h] * inverse[h], o[n + t][2 * h + 1] * inverse[h]);
           quad_transpose(x);
           if (n * 8 >= dims) continue;
           const uint4 chunk = make_uint4(x[0], x[1], x[2], x[3]);

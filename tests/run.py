@@ -345,7 +345,7 @@ def hopper_instructions(header):
     ptx = out("arch", header + ".ptx")
     sh([*NVCC, *PTX_ONLY_90A, *implementation_defines(header), "-ptx", f"{COMPILE}/implementation.cu", "-o", ptx])
     with open(ptx) as f:
-        kernels = [k for k in re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:] if "gmma_kernel" in k.split("(")[0]]
+        kernels = [k for k in re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:] if re.search(r"gmma_(kv8_)?kernel", k.split("(")[0])]
     for kernel in kernels:
         if missing := [name for name in HOPPER_INSTRUCTIONS if name not in kernel]:
             raise Failure(f"{kernel[:120]}: without {', '.join(missing)}")

@@ -3,9 +3,9 @@
 
     python3 examples/python/fp8.py                                speed: batch * seq = 16384, heads * dim = 2048
     python3 examples/python/fp8.py --dims 128 --seqs 512,4096 --causal yes
+    python3 examples/python/fp8.py --mixed                        speed of a cache in fp8, K and V, beside 16-bit Q: prefill and few queries
     python3 examples/python/fp8.py --quantisers                   speed of the quantisers, beside that of moving their bytes
     python3 examples/python/fp8.py --accuracy                     error against fp64, on the values as stored and as they were before
-    python3 examples/python/fp8.py --mixed                        speed with fp16 Q beside fp8 K and V, and beside K and V in fp16
 
 Needs PyTorch with CUDA and nvcc. Speed: as race.py measures it; V in its ordinary layout, all work counted. "goal" is FlashAttention-3's fp8 in the
 same unit, a ratio to cuDNN's fp16, both measured once on one H200 (CUDA 13.0, PyTorch 2.11); "of it" is ours over that. Exit code 1: a wrong output.
@@ -31,12 +31,6 @@ GOAL = {  # (dim, causal): FlashAttention-3's fp8 and cuDNN's fp16, TFLOP/s, for
     (256, False): ([792, 940, 1043, 1100, 1106, 1123], [477, 565, 647, 661, 652, 661]),
     (256, True): ([443, 694, 850, 968, 1056, 1085], [322, 413, 495, 521, 558, 591]),
 }
-
-
-MIXED = [  # (batch, heads, heads of K and V, queries, keys, dim); one query: decoding
-    (64, 32, 8, 1, 4096, 128), (64, 32, 8, 1, 16384, 128), (16, 64, 8, 1, 8192, 128), (8, 32, 8, 1, 16384, 128), (1, 32, 8, 1, 65536, 128),
-    (64, 32, 8, 4, 4096, 128), (64, 16, 16, 1, 4096, 64), (32, 16, 8, 1, 4096, 256), (4, 32, 8, 512, 8192, 128), (4, 16, 16, 4096, 4096, 128),
-    (8, 32, 32, 2048, 2048, 64), (4, 8, 8, 4096, 4096, 256)]
 
 
 def goal(dim, causal, seq):
@@ -72,23 +66,42 @@ def speed(args):
     return wrong
 
 
+PREFILL = [(n, 16384 // n) for n in (8, 4, 1)]  # batch, seq
+FEW = [(batch, heads, seq_q, seq_kv) for seq_q in (1, 16) for batch, seq_kv in ((64, 4096), (16, 32768)) for heads in ((32, 8), (64, 8))]
+
+
+def mixed_shapes(args):
+    """(batch, heads of Q, of K and V, queries, keys, dim, causal)"""
+    for dim in args.dims:
+        for causal in (False, True):
+            yield from ((batch, 2048 // dim, 2048 // dim, seq, seq, dim, causal) for batch, seq in PREFILL)
+        yield from ((batch, *heads, seq_q, seq_kv, dim, False) for batch, heads, seq_q, seq_kv in FEW)
+
+
 def mixed(args):
-    """fp16 Q beside fp8 K and V (the kernel that is picked), beside fp16 ones (the same), and PyTorch's FlashAttention-2 on those. GB/s: of K and V."""
-    wrong = 0
-    print("#  B   heads     q     kv    D |  us: mixed     fp16      FA2 | fp16 / mixed | GB/s mixed  fp16 |  error | kernels")
-    for batch, heads, heads_kv, seq, keys, dim in MIXED:
-        q = torch.randn(batch, seq, heads, dim, device="cuda", dtype=torch.float16)
-        k, v = (torch.randn(batch, keys, heads_kv, dim, device="cuda", dtype=torch.float16) for _ in range(2))
-        (k8, k_scale), (v8, v_scale) = (flashcore.quantise(x) for x in (k, v))
-        ours = flashcore.Attention(q, k8, v8, k_descale=k_scale, v_descale=v_scale)
-        wide = flashcore.Attention(q, k, v)
-        error = race.sample_error(ours(), q, k8.float() * k_scale[:, None, :, None], v8.float() * v_scale[:, None, :, None], False)
-        us = race.race({"mixed": ours, "fp16": wide, "FA2": race.sdpa(q, k, v, False, SDPBackend.FLASH_ATTENTION)}, True, args.rounds)
-        bytes_kv = 2.0 * batch * keys * heads_kv * dim
-        wrong += not error < 1e-3
-        print(f"{batch:4d} {heads:3d}/{heads_kv:<3d} {seq:5d} {keys:6d} {dim:4d} | {us['mixed']:10.1f} {us['fp16']:8.1f} {us['FA2']:8.1f} |"
-              f" {us['fp16'] / us['mixed']:12.2f} | {bytes_kv / us['mixed'] * 1e-3:10.0f} {2 * bytes_kv / us['fp16'] * 1e-3:5.0f} | {error:.1e} |"
-              f" {ours.describe().kernel.decode()}, {wide.describe().kernel.decode()}" + ("" if error < 1e-3 else "  WRONG"), flush=True)
+    """Cache: what K and V in fp8 take per second, read once. A 16-bit cache is that of the same values: auto is what flashcore_forward picks."""
+    ratios, wrong, dtype = {True: [], False: []}, 0, race.DTYPES[args.dtype]
+    print("# batch heads   seq_q seq_kv    D causal |  fp8 us  TFLOP/s  cache GB/s | 16-bit us: auto   wgmma | ratio to auto |  error | kernel")
+    for batch, heads, heads_kv, seq_q, seq_kv, dim, causal in mixed_shapes(args):
+        q = torch.randn(batch, seq_q, heads, dim, device="cuda", dtype=dtype)
+        caches = [flashcore.quantise(torch.randn(batch, seq_kv, heads_kv, dim, device="cuda", dtype=dtype)) for _ in range(2)]
+        (k, k_scale), (v, v_scale) = caches
+        k16, v16 = ((x.to(dtype) * scale[:, None, :, None]).to(dtype) for x, scale in caches)
+        ours = flashcore.Attention(q, k, v, k_descale=k_scale, v_descale=v_scale, causal=causal, backend=args.backend)
+        error = race.sample_error(ours(), q, k.float() * k_scale[:, None, :, None], v.float() * v_scale[:, None, :, None], causal)
+        small = seq_q < 64
+        us = race.race({"fp8": ours, **{name: flashcore.Attention(q, k16, v16, causal=causal, backend=name) for name in ("auto", "wgmma")}}, small,
+                       args.rounds)
+        flop, right = 4.0 * batch * heads * seq_q * seq_kv * dim * (0.5 if causal else 1.0), error < 3 * race.UNIT[args.dtype]
+        ratios[small].append(us["auto"] / us["fp8"])
+        wrong += not right
+        cache_bytes = 2 * batch * heads_kv * seq_kv * dim
+        print(f"{batch:7d} {heads:3d}/{heads_kv:<3d} {seq_q:6d} {seq_kv:6d} {dim:4d} {'yes' if causal else 'no':>6s} | {us['fp8']:7.1f}"
+              f" {flop / us['fp8'] * 1e-6:8.0f} {1e-3 * cache_bytes / us['fp8']:11.0f} | {us['auto']:15.1f} {us['wgmma']:7.1f} |"
+              f" {us['auto'] / us['fp8']:13.3f} |"
+              f" {error:.1e} | {ours.describe().kernel.decode()}" + ("" if right else "  WRONG"), flush=True)
+    for small, name in ((False, "prefill"), (True, "few queries")):
+        print(f"geometric mean over the 16-bit cache, {name}: {statistics.geometric_mean(ratios[small]):.3f} (least {min(ratios[small]):.3f})")
     return wrong
 
 
@@ -168,14 +181,17 @@ def main():
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--lse", action="store_true", help="the LSE too, for which S is added up in f32")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--dtype", choices=race.DTYPES, default="bf16", help="of Q, with --mixed")
+    parser.add_argument("--backend", default="auto", help="with --mixed")
     parser.add_argument("--quantisers", action="store_true")
     parser.add_argument("--accuracy", action="store_true")
-    parser.add_argument("--mixed", action="store_true")
     args = parser.parse_args()
     args.seqs = args.seqs or ([2048, 16384] if args.accuracy else SEQS)
     torch.manual_seed(0)
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
-    return 1 if (quantisers if args.quantisers else accuracy if args.accuracy else mixed if args.mixed else speed)(args) else 0
+    run = mixed if args.mixed else quantisers if args.quantisers else accuracy if args.accuracy else speed
+    return 1 if run(args) else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ static __device__ void keep_flashcore(const void **table, int &count) {
   keep(table, count, &fc::cp_async_16);
   keep(table, count, &fc::cp_async_wait_all);
 #if FLASHCORE_HAS_SM80 || !defined(__CUDA_ARCH__)
+  keep(table, count, &fc::cp_async_commit);
+  keep(table, count, &fc::cp_async_wait<1>);
   keep(table, count, &fc::mbarrier_init);
   keep(table, count, &fc::mbarrier_arrive);
   keep(table, count, &fc::mbarrier_wait);
@@ -139,6 +141,8 @@ static __device__ void keep_fp8(const void **table, int &count) {
   keep(table, count, &fc::wgmma<fc::e5m2, 256>::p);
   keep(table, count, &fc::mma_m16n8k16<fc::e4m3>);
   keep(table, count, &fc::mma_m16n8k16<fc::e5m2>);
+  keep(table, count, &fc::fp8_widen<__half, fc::e5m2>);
+  keep(table, count, &fc::fp8_widen<__nv_bfloat16, fc::e4m3>);
 #endif
 }
 #endif

@@ -97,6 +97,9 @@ inline const std::vector<CaseField> &case_fields() {
   return fields;
 }
 
+/* 16-bit Q beside fp8 K and V? */
+inline bool is_mixed(const Case &c) { return oracle::is_fp8(c.dtype_kv) && !oracle::is_fp8(c.dtype); }
+
 /* "heads_q=4 causal=1 ...": the fields that differ from the defaults. */
 inline std::string to_string(const Case &c) {
   const Case defaults;
@@ -498,13 +501,13 @@ inline int kv_dtype(const Case &c) { return c.dtype_kv ? c.dtype_kv : c.dtype; }
 inline bool must_serve(const Case &c, int backend) {
   if (c.broken) return false;
   if (oracle::is_fp8(kv_dtype(c))) {
-    if (c.dtype == FLASHCORE_F32 || c.dtype_o == FLASHCORE_F32 || c.dim_qk % 16 || c.dim_v % 16 || c.dim_qk > 256 || c.dim_v > 256 ||
-        c.layout == LAYOUT_SLICE)
-      return false;
+    if (c.dtype == FLASHCORE_F32 || c.dtype_o == FLASHCORE_F32 || c.dim_qk % 16 || c.dim_v % 16 || c.dim_qk > 256 || c.dim_v > 256) return false;
     if (c.page || c.splits > 1 || c.split_len) return false;
-    if (backend == FLASHCORE_BACKEND_QMMA || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 89;
-    const bool readable = c.layout != LAYOUT_NEGATIVE && c.seq_kv > 0; /* by TMA */
-    return backend == FLASHCORE_BACKEND_QGMMA && oracle::is_fp8(c.dtype) && readable && device_arch() == 90;
+    const bool readable = c.layout != LAYOUT_NEGATIVE && c.layout != LAYOUT_SLICE && c.seq_kv > 0; /* by TMA */
+    const bool qgmma = (is_mixed(c) || readable) && device_arch() == 90, qmma = c.layout != LAYOUT_SLICE && device_arch() >= 89;
+    return backend == FLASHCORE_BACKEND_QGMMA  ? qgmma
+           : backend == FLASHCORE_BACKEND_QMMA ? qmma
+                                               : backend == FLASHCORE_BACKEND_AUTO && (qgmma || qmma);
   }
   if (backend == FLASHCORE_BACKEND_QMMA || backend == FLASHCORE_BACKEND_QGMMA) return false;
   if (backend == FLASHCORE_BACKEND_SIMT || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 75;
@@ -742,11 +745,14 @@ private:
 
   int dtype_of(int role) const { return role == ROLE_O ? oracle::output_dtype(c.dtype, c.dtype_o) : role == ROLE_Q ? c.dtype : kv_dtype(c); }
   static uint32_t poison_for(int dtype) { return oracle::is_fp8(dtype) ? kPoison8 : kPoison; }
+  /* fp8 K and V beside 16-bit Q and O that are aligned to an element only are aligned themselves: no kernel serves others. */
+  int layout_of(int role) const { return c.layout == LAYOUT_SLICE && is_mixed(c) && (role == ROLE_K || role == ROLE_V) ? LAYOUT_PADDED : c.layout; }
 
   /* data: an allocation to share, or NULL for one of its own. */
   flashcore_tensor add_tensor(int role, int64_t row_width, int64_t column, char *data) {
     const int dtype = dtype_of(role), bytes = bytes_of(dtype);
-    const Placement p = lay_out(c.layout, extent_of(role), role, row_width, column, oracle::is_fp8(dtype) ? 16 : 8);
+    const bool wide_unit = oracle::is_fp8(c.dtype) || oracle::is_fp8(dtype);
+    const Placement p = lay_out(layout_of(role), extent_of(role), role, row_width, column, wide_unit ? 16 : 8);
     if (!data && role == ROLE_O) o_memory.reset(new Memory((size_t)(p.span * bytes))), data = o_memory->data<char>();
     if (!data) data = add<char>(inputs, p.span * bytes, poison_for(dtype));
     return flashcore_strided(data + p.origin * bytes, p.stride_b, p.stride_s, p.stride_h);
@@ -777,8 +783,7 @@ private:
     if (c.alibi) a.alibi_slopes = add<float>(inputs, (int64_t)c.batch * c.heads_q), a.alibi_stride_b = c.alibi == 2 ? c.heads_q : 0;
     if (c.sink) a.sink = add<float>(inputs, c.heads_q);
     flashcore_descale *const descales[3] = {&a.q_descale, &a.k_descale, &a.v_descale};
-    for (int i = 0; i < 3 && c.descale; ++i) {
-      if (i == 0 && !oracle::is_fp8(c.dtype)) continue;
+    for (int i = is_mixed(c) ? 1 : 0; i < 3 && c.descale; ++i) {
       const int64_t heads = i == 0 ? c.heads_q : c.heads_kv;
       descales[i]->data = add<float>(inputs, c.descale == 2 ? c.batch * heads : 1);
       if (c.descale == 2) descales[i]->stride_b = heads, descales[i]->stride_h = 1;

@@ -7,8 +7,8 @@
  *   o      ref64: everything in fp64
  *   lse    ref64, in the base that the descriptor asks for
  *   peak   the largest |logit| of the row
- *   low    "lowref": logits and l in fp32 (fp8: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
- *          maximum, P rounded to Q's type (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
+ *   low    "lowref": logits and l in fp32 (fp8 Q: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
+ *          maximum, P rounded to the type of Q (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
  *          rounded to the output type; the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits
  *          are */
 #ifndef FLASHCORE_TESTS_ORACLE_CUH

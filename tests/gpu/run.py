@@ -100,8 +100,8 @@ def run_sanitizers(quick):
     if not tool:
         print("compute-sanitizer was not found; --no-sanitizer leaves it out")
         return {"error": "not found"}, False
-    programs = {"test_sweep": ["--tiny", "--count", "8" if quick else "40"], "test_fp8": ["--quick", "--only", "unequal_head_dims"],
-                "test_mixed": ["--quick", "--only", "unequal_head_dims"]}
+    few = ["--quick", "--only", "unequal_head_dims"]
+    programs = {"test_sweep": ["--tiny", "--count", "8" if quick else "40"], "test_fp8": few, "test_mixed": few}
 
     def run_one(pair):
         check, program = pair

@@ -49,7 +49,7 @@ static void test_shapes() {
   check("plain", plain);
   int turn = 0;
   for (int q : {1, 63, 64, 65, 127, 128, 129, 191, 192, 193})
-    for (int kv : {1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257}) {
+    for (int kv : {0, 1, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257}) {
       Case c = sized(kTypes[turn / 2 % 2], 1, 2, 1, q, kv, kDims[turn / 3 % 3]);
       c.causal = turn++ % 3;
       edges.push_back(c);
@@ -400,12 +400,46 @@ static void test_quantisers() {
   }
 }
 
+/* wide: 256 elements of T. One block of 64 threads, each with four codes. */
+template <typename T, typename F8> static __global__ void widen_all(T *wide) {
+#if FLASHCORE_HAS_FP8_CVT
+  const uint32_t first = 4 * threadIdx.x;
+  uint32_t pairs[2];
+  flashcore::fp8_widen<T, F8>(first | (first + 1) << 8 | (first + 2) << 16 | (first + 3) << 24, pairs);
+  memcpy(wide + first, pairs, 8);
+#endif
+}
+
+template <typename T, typename F8> static void check_widening(const char *name) {
+  const int dtype = flashcore::element<T>::kDtype;
+  std::vector<uint16_t> wide(256);
+  Memory memory(512);
+  std::string why;
+  widen_all<T, F8><<<1, 64>>>(memory.data<T>());
+  CUDA_OK(cudaDeviceSynchronize());
+  CUDA_OK(cudaMemcpy(wide.data(), memory.data(), 512, cudaMemcpyDeviceToHost));
+  for (uint32_t code = 0; code < 256 && why.empty(); ++code) {
+    const double x = flashcore_decode(dtype, wide[code]), exact = flashcore_decode(F8::kDtype, code);
+    const bool same = std::isnan(exact) ? std::isnan(x) : x == exact && std::signbit(x) == std::signbit(exact);
+    if (!same) why = format("0x%02x becomes %g, not %g", code, x, exact);
+  }
+  report().expect(name, why.empty(), why);
+}
+
+static void test_widening() {
+  if (!wanted("widening")) return;
+  if (device_arch() < 89) return;
+  check_widening<__half, flashcore::e4m3>("widening_e4m3_to_f16_is_exact");
+  check_widening<__half, flashcore::e5m2>("widening_e5m2_to_f16_is_exact");
+  check_widening<__nv_bfloat16, flashcore::e4m3>("widening_e4m3_to_bf16_is_exact");
+  check_widening<__nv_bfloat16, flashcore::e5m2>("widening_e5m2_to_bf16_is_exact");
+}
 int main(int argc, char **argv) {
   if (!read_options(argc, argv)) return 2;
   find_device();
 #if defined(FLASHCORE_FP8_FAST)
   error_factor() = 2.4; // what the mode promises for peaked rows
 #endif
-  for (auto group : {test_quantisers, test_shapes, test_accuracy, test_options, test_data, test_many, test_reruns}) group();
+  for (auto group : {test_quantisers, test_widening, test_shapes, test_accuracy, test_options, test_data, test_many, test_reruns}) group();
   return report().finish();
 }

@@ -51,6 +51,57 @@ static void keys_and_dims_choose_the_tile() {
   }
 }
 
+/* 16-bit Q beside fp8 K and V. */
+static flashcore_attention accepted_kv8(int32_t seq_q, int32_t seq_kv, int32_t dim = 64) {
+  flashcore_attention a = sized(2, 8, 2, seq_q, seq_kv, dim);
+  a.dtype_kv = FLASHCORE_E4M3;
+  return a;
+}
+
+static void options_and_dims_choose_the_kernel_of_a_cache() {
+  const struct {
+    const char *what;
+    int seq_q, seq_kv, dim;
+    void (*change)(flashcore_attention &);
+    const char *kernel;
+    int packed;
+  } cases[] = {
+      {"plain", 512, 512, 64, [](flashcore_attention &) {}, "qgmma f16/e4m3 d64 q256 kv64", 1},
+      {"O in bf16", 512, 512, 48, [](flashcore_attention &a) { a.dtype_o = FLASHCORE_BF16; }, "qgmma f16/e4m3 d64 q256 kv64", 1},
+      {"a rule", 512, 512, 80, [](flashcore_attention &a) { a.softcap = 2.f; }, "qgmma f16/e4m3 d128 q128 kv64 general", 1},
+      {"decoding", 1, 4096, 128, [](flashcore_attention &) {}, "qgmma f16/e4m3 d128 q128 kv128", 4},
+      {"descales", 16, 4096, 128, [](flashcore_attention &a) { a.k_descale.data = a.v_descale.data = (const float *)4096; },
+       "qgmma f16/e4m3 d128 q128 kv128", 4},
+      {"LSE", 512, 512, 256, [](flashcore_attention &a) { a.lse = (float *)4096; }, "qgmma f16/e4m3 d256 q128 kv64", 1},
+      {"no keys", 512, 0, 144, [](flashcore_attention &a) { a.k.data = a.v.data = nullptr; }, "qgmma f16/e4m3 d256 q128 kv64", 1},
+      {"K backwards", 300, 300, 64, [](flashcore_attention &a) { a.k.stride_s = -a.k.stride_s; }, "qgmma f16/e4m3 d64 q256 kv64", 4},
+      {"Q backwards", 300, 300, 64, [](flashcore_attention &a) { a.q.stride_s = -a.q.stride_s; }, "qgmma f16/e4m3 d64 q128 kv64 general, copied", 1},
+      {"odd O", 300, 300, 64, [](flashcore_attention &a) { a.o.stride_s += 1; }, "qgmma f16/e4m3 d64 q128 kv64 general, copied", 1},
+  };
+  for (const auto &x : cases) {
+    flashcore_attention a = accepted_kv8(x.seq_q, x.seq_kv, x.dim);
+    flashcore_plan plan;
+    flashcore_error error = {};
+    x.change(a);
+    CHECK(plan_on(90, a, FLASHCORE_BACKEND_QGMMA, &plan, &error) == FLASHCORE_OK);
+    if (!CHECK(!strcmp(plan.d.kernel, x.kernel) && plan.d.packed_group == x.packed))
+      printf("  %s: %s, %d packed, not %s, %d %s\n", x.what, plan.d.kernel, (int)plan.d.packed_group, x.kernel, x.packed, error.message);
+  }
+}
+
+static const refusal refusals_kv8[] = {
+    {"bf16 left out", [](flashcore_attention &a) { a.dtype = FLASHCORE_BF16; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", FLASHCORE_E4M3, 0},
+    {"e5m2 left out", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_E5M2; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", FLASHCORE_E5M2, 0},
+    {"fp32 Q", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, FLASHCORE_E4M3},
+    {"fp32 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_F32, FLASHCORE_BF16},
+    {"Ada", [](flashcore_attention &) {}, 89, FLASHCORE_UNSUPPORTED_ARCH, "device", 89, 90},
+    {"splits", [](flashcore_attention &a) { a.num_splits = 3; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", 3, 1},
+    {"dim 56", [](flashcore_attention &a) { a.dim_qk = 56; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_qk", 56, 16},
+    {"dim 272", [](flashcore_attention &a) { a.dim_v = 272; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_v", 272, 256},
+    {"address", [](flashcore_attention &a) { a.v.data = (void *)4104; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "v", 4104, 16},
+    {"odd stride", [](flashcore_attention &a) { a.k.stride_s += 8; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "k", 2 * 64 + 8, 16},
+};
+
 static const refusal refusals[] = {
     {"fp16", [](flashcore_attention &a) { a.dtype = FLASHCORE_F16; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F16, FLASHCORE_E4M3},
     {"fp16 K", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_F16; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", FLASHCORE_F16,
@@ -72,11 +123,13 @@ static const refusal refusals[] = {
 
 static void refusals_name_the_field_and_the_kernel() {
   for (const refusal &x : refusals) check_refusal(x, accepted8(300), FLASHCORE_BACKEND_QGMMA);
+  for (const refusal &x : refusals_kv8) check_refusal(x, accepted_kv8(300, 300), FLASHCORE_BACKEND_QGMMA);
 }
 
 int main() {
   RUN(every_float_is_rounded_as_the_reference_does);
   RUN(keys_and_dims_choose_the_tile);
+  RUN(options_and_dims_choose_the_kernel_of_a_cache);
   RUN(refusals_name_the_field_and_the_kernel);
   return check_end();
 }
