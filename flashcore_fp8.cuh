@@ -239,6 +239,9 @@ template <typename F8> FLASHCORE_DEVICE uint32_t pack4(float a, float b, float c
 #endif
 }
 
+/* Selectors of prmt: bytes 0, 1 and 2, 3 of a word as the upper bytes of two halves. */
+static constexpr uint32_t kFp8LowHalves = 0x1404, kFp8HighHalves = 0x3424;
+
 #if FLASHCORE_HAS_FP8_CVT || !defined(__CUDA_ARCH__)
 /* Four fp8 numbers as f16, exact; NaN and infinity stay.   ptx  cvt.rn.f16x2.e4m3x2, sm_89, PTX 8.1 (sm_90: 7.8); e5m2 is f16's upper byte */
 template <typename F8> FLASHCORE_DEVICE void widen4(uint32_t x, uint32_t &low, uint32_t &high) {
@@ -247,8 +250,8 @@ template <typename F8> FLASHCORE_DEVICE void widen4(uint32_t x, uint32_t &low, u
         : "=r"(low), "=r"(high)
         : "r"(x));
   else {
-    low = __byte_perm(x, 0, 0x1404);
-    high = __byte_perm(x, 0, 0x3424);
+    low = __byte_perm(x, 0, kFp8LowHalves);
+    high = __byte_perm(x, 0, kFp8HighHalves);
   }
 }
 #endif
@@ -2643,7 +2646,9 @@ template <typename T, typename F8> static void flashcore_kv8_pick(const flashcor
   else if (dim <= 128) flashcore_kv8_use<T, F8, 128>(general, plan);
   else flashcore_kv8_use<T, F8, 256>(general, plan);
 }
-template <typename T> static void flashcore_kv8_select(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+template <typename T>
+static void flashcore_kv8_select([[maybe_unused]] const flashcore_attention *a, [[maybe_unused]] bool general,
+                                 [[maybe_unused]] flashcore_plan *plan) {
 #if !defined(FLASHCORE_NO_E4M3)
   if (a->dtype_kv == FLASHCORE_E4M3) flashcore_kv8_pick<T, flashcore::e4m3>(a, general, plan);
 #endif

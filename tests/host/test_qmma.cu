@@ -216,7 +216,7 @@ static void mixed_p_and_v_agree_on_keys_and_dims() {
 static void e5m2_is_the_upper_byte_of_f16() {
   const word x = {{{0, 0}, {0, 1}, {0, 2}, {0, 3}}}, zero = {{{1, 0}, {1, 0}, {1, 0}, {1, 0}}};
   for (int n = 0; n < 2; ++n) {
-    const word halves = prmt(x, zero, n ? fc::kQmmaHighHalves : fc::kQmmaLowHalves);
+    const word halves = prmt(x, zero, n ? fc::kFp8HighHalves : fc::kFp8LowHalves);
     for (int i = 0; i < 2; ++i) CHECK(halves.byte[2 * i].row == 1 && same(halves.byte[2 * i + 1], {0, 2 * n + i}));
   }
   for (uint32_t b = 0; b < 256; ++b) {
