@@ -181,6 +181,7 @@ typedef struct flashcore_tensor {
 } flashcore_tensor;
 
 /* One fp32 factor per (batch, kv head or q head) on the device, x = stored * factor. data NULL: 1.0. Strides 0: one for all.
+ * Of O, what is stored is x * (1 / factor), rounded to nearest even; what is too large, infinity included, becomes the largest number; NaN stays NaN.
  * Device data, not checked: a factor that is negative or NaN gives NaN. */
 typedef struct flashcore_descale {
   const float *data;
@@ -232,6 +233,9 @@ typedef struct flashcore_attention {
   int32_t page_size, num_pages; /* pages outside [0, num_pages) are skipped: their keys are invisible */
 
   flashcore_descale q_descale, k_descale, v_descale; /* for fp8 inputs */
+  flashcore_descale o_descale;                       /* for an fp8 O */
+  float *o_amax; /* for an fp8 O: one float on the device, raised to the largest finite |O|, not yet divided by o_descale; the caller sets it to 0
+                  * before; NULL: not wanted */
 
   int32_t num_splits; /* > 1: split the keys in that many parts and merge; 0: automatic, 1: none */
   int32_t split_len;  /* > 0: parts of that many keys instead; results then do not depend on the batch size (multiple of 64) */
@@ -1762,7 +1766,25 @@ static flashcore_status flashcore_validate_descales(const flashcore_attention *a
   const int32_t dtype_kv = flashcore_kv_dtype(a);
   FLASHCORE_TRY(flashcore_validate_descale("q_descale", &a->q_descale, a->dtype, a->batch, a->heads_q, error));
   FLASHCORE_TRY(flashcore_validate_descale("k_descale", &a->k_descale, dtype_kv, a->batch, a->heads_kv, error));
-  return flashcore_validate_descale("v_descale", &a->v_descale, dtype_kv, a->batch, a->heads_kv, error);
+  FLASHCORE_TRY(flashcore_validate_descale("v_descale", &a->v_descale, dtype_kv, a->batch, a->heads_kv, error));
+  return flashcore_validate_descale("o_descale", &a->o_descale, flashcore_o_dtype(a), a->batch, a->heads_q, error);
+}
+
+/* It is raised while everything else is read: o_descale is not its place. */
+static flashcore_status flashcore_validate_amax(const flashcore_attention *a, flashcore_error *error) {
+  const flashcore_pointer pointer = {"o_amax", a->o_amax, 4, 0};
+  const void *others[] = {a->q.data,         a->k.data,         a->v.data,         a->o.data,        a->lse,
+                          a->q_descale.data, a->k_descale.data, a->v_descale.data, a->o_descale.data};
+  if (!a->o_amax) return FLASHCORE_OK;
+  if (!flashcore_is_fp8(flashcore_o_dtype(a)))
+    return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "o_amax", flashcore_o_dtype(a), FLASHCORE_E4M3,
+                            "o_amax is set for dtype_o %d: must be null unless O is fp8", (int)flashcore_o_dtype(a));
+  FLASHCORE_TRY(flashcore_check_pointers(&pointer, 1, error));
+  for (int i = 0; i < FLASHCORE_COUNT(others); ++i)
+    if (a->o_amax == others[i])
+      return flashcore_refuse(error, FLASHCORE_ALIASED_OUTPUT, "o_amax", (int64_t)(uintptr_t)a->o_amax, 0,
+                              "o_amax is also the address of another tensor: it is raised while others are read and written");
+  return FLASHCORE_OK;
 }
 
 static flashcore_status flashcore_validate_splits(const flashcore_attention *a, flashcore_error *error) {
@@ -1801,6 +1823,7 @@ static flashcore_status flashcore_validate(const flashcore_attention *a, flashco
   FLASHCORE_TRY(flashcore_validate_masks(a, error));
   FLASHCORE_TRY(flashcore_validate_rules(a, error));
   FLASHCORE_TRY(flashcore_validate_descales(a, error));
+  FLASHCORE_TRY(flashcore_validate_amax(a, error));
   FLASHCORE_TRY(flashcore_validate_splits(a, error));
   return flashcore_check_limits(&backend, 1, error);
 }
@@ -1820,12 +1843,12 @@ FLASHCORE_API const char *flashcore_status_string(flashcore_status status) {
   case FLASHCORE_INVALID_STRIDE: return "A stride of the output is 0, so that results would share an address.";
   case FLASHCORE_MISALIGNED: return "A pointer is not aligned to its element.";
   case FLASHCORE_OFFSET_OVERFLOW: return "A stride is so large that offsets would not fit in 64 bits.";
-  case FLASHCORE_INVALID_SCALE: return "A scale, the softcap, the LSE's base or a descale is outside its range.";
+  case FLASHCORE_INVALID_SCALE: return "A scale, the softcap or the LSE's base is outside its range, or a descale or amax is not of an fp8 tensor.";
   case FLASHCORE_INVALID_MASK: return "The causal rule or the window is outside its range.";
   case FLASHCORE_INVALID_LENGTHS: return "The totals of packed sequences are missing or outside their range.";
   case FLASHCORE_INVALID_PAGE_TABLE: return "The page table lacks its sizes, or is combined with packed keys.";
   case FLASHCORE_INVALID_SPLIT: return "The choice of splits is outside its range.";
-  case FLASHCORE_ALIASED_OUTPUT: return "The output has the address of an input.";
+  case FLASHCORE_ALIASED_OUTPUT: return "An output has the address of an input or of another output.";
   case FLASHCORE_INVALID_WORKSPACE: return "The workspace is missing, too small or not aligned to 256 bytes.";
   case FLASHCORE_INVALID_BACKEND: return "The backend is not one of flashcore_backend.";
   case FLASHCORE_INVALID_DEVICE: return "There is no such CUDA device.";
@@ -1930,7 +1953,7 @@ typedef struct flashcore_row { /* one query row */
   flashcore_sequence seq;
   flashcore_range keys;
   int32_t b, h, h_kv, i;
-  double scale, v_scale; /* with the descales */
+  double scale, v_scale, o_scale; /* with the descales; o_scale: what O is multiplied with to be stored */
   double q[FLASHCORE_MAX_DIM];
 } flashcore_row;
 
@@ -1990,7 +2013,11 @@ static void flashcore_reference_row(const flashcore_row *r) {
     for (int32_t d = 0; d < a->dim_v; ++d) o[d] += p * flashcore_load(a->v.data, a->dtype_kv, v + d);
   }
   const int64_t row = r->seq.o + r->i * a->o.stride_s + r->h * a->o.stride_h;
-  for (int32_t d = 0; d < a->dim_v; ++d) flashcore_store(a->o.data, a->dtype_o, row + d, l == 0.0 ? 0.0 : o[d] / l * r->v_scale);
+  for (int32_t d = 0; d < a->dim_v; ++d) {
+    const double x = l == 0.0 ? 0.0 : o[d] / l * r->v_scale, size = fabs(x);
+    if (a->o_amax && size <= (double)FLT_MAX && (float)size > *a->o_amax) *a->o_amax = (float)size;
+    flashcore_store(a->o.data, a->dtype_o, row + d, l == 0.0 ? 0.0 : x * r->o_scale);
+  }
   if (a->lse) {
     const double lse = l == 0.0 ? -INFINITY : m + log(l);
     a->lse[((int64_t)r->b * a->heads_q + r->h) * a->seq_q + r->i] = (float)(a->lse_base2 ? lse * FLASHCORE_LOG2E : lse);
@@ -2013,6 +2040,7 @@ FLASHCORE_API flashcore_status flashcore_reference_forward(const flashcore_atten
       r.h_kv = r.h / (a->heads_q / a->heads_kv);
       r.scale = (double)a->scale * flashcore_descale_at(&a->q_descale, r.b, r.h) * flashcore_descale_at(&a->k_descale, r.b, r.h_kv);
       r.v_scale = flashcore_descale_at(&a->v_descale, r.b, r.h_kv);
+      r.o_scale = 1.0 / flashcore_descale_at(&a->o_descale, r.b, r.h);
       for (r.i = 0; r.i < r.seq.len_q; ++r.i) {
         const int64_t q = r.seq.q + r.i * a->q.stride_s + r.h * a->q.stride_h;
         for (int32_t d = 0; d < a->dim_qk; ++d) r.q[d] = flashcore_load(a->q.data, a->dtype, q + d);

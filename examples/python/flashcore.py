@@ -49,7 +49,8 @@ class AttentionStruct(ctypes.Structure):  # flashcore_attention, field by field
         + _fields(c_int64, "total_q total_kv")
         + [("seqlens_q", c_void_p), ("seqlens_kv", c_void_p)]
         + [("page_table", c_void_p), ("page_table_stride_b", c_int64), ("page_size", c_int32), ("num_pages", c_int32)]
-        + _fields(Descale, "q_descale k_descale v_descale")
+        + _fields(Descale, "q_descale k_descale v_descale o_descale")
+        + [("o_amax", c_void_p)]
         + _fields(c_int32, "num_splits split_len backend")
         + [("workspace", c_void_p), ("workspace_bytes", c_size_t)]
     )
@@ -155,20 +156,23 @@ class Attention:
     """One prepared problem. Calling it launches on PyTorch's current stream: no allocation, no synchronisation, fit for CUDA graphs.
 
     q, k, v: (batch, seq, heads, dim), or (total, heads, dim) with cu_seqlens_q, cu_seqlens_kv, max_seq_q, max_seq_kv. o, lse: outputs, made if None.
-    q, k, v in fp8 give a bf16 o unless o says fp16; *_descale: their (batch, heads) or one-element scales.
+    q, k, v in fp8 give a bf16 o unless o is of another type; *_descale: (batch, heads) or one-element scales of fp8 tensors; o_amax: of an fp8 o, one
+    float32, 0 before.
     causal: False, True (bottom-right) or "top-left"; window: (left, right), -1 for unbounded; bias: (batch, heads, seq_q, seq_kv), sizes 1 broadcast.
     l4: a measurement, see race.py --l4.
     """
 
     def __init__(self, q, k, v, *, o=None, lse=None, causal=False, window=None, scale=0.0, softcap=0.0, alibi_slopes=None, bias=None, sink=None,
                  lse_base2=False, cu_seqlens_q=None, cu_seqlens_kv=None, max_seq_q=0, max_seq_kv=0, seqlens_q=None, seqlens_kv=None,
-                 q_descale=None, k_descale=None, v_descale=None, backend="auto", num_splits=0, split_len=0, l4=False, lib=None):
+                 q_descale=None, k_descale=None, v_descale=None, o_descale=None, o_amax=None, backend="auto", num_splits=0, split_len=0, l4=False,
+                 lib=None):
         import torch
 
         self.lib, self.torch, self.l4 = lib or library(), torch, l4
         dtype_o = torch.bfloat16 if q.element_size() == 1 else q.dtype
         self.o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=dtype_o, device=q.device) if o is None else o
-        self.lse, self.kept = lse, [q, k, v, q_descale, k_descale, v_descale, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv, seqlens_q, seqlens_kv]
+        self.lse, self.kept = lse, [q, k, v, q_descale, k_descale, v_descale, o_descale, o_amax, alibi_slopes, bias, sink, cu_seqlens_q, cu_seqlens_kv,
+                                    seqlens_q, seqlens_kv]
         a = self.a = AttentionStruct()
         a.struct_size = ctypes.sizeof(a)
         a.dtype, a.dtype_kv, a.dtype_o = _dtype(q), _dtype(k), _dtype(self.o)
@@ -183,9 +187,9 @@ class Attention:
         a.backend, a.num_splits, a.split_len = BACKENDS[backend], num_splits, split_len
         if window is not None:
             a.window, (a.window_left, a.window_right) = 1, window
-        self._point(lse=lse, sink=sink, alibi_slopes=alibi_slopes, dtype=torch.float32)
+        self._point(lse=lse, o_amax=o_amax, sink=sink, alibi_slopes=alibi_slopes, dtype=torch.float32)
         self._point(cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, seqlens_q=seqlens_q, seqlens_kv=seqlens_kv, dtype=torch.int32)
-        for name, x in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale)):
+        for name, x in (("q_descale", q_descale), ("k_descale", k_descale), ("v_descale", v_descale), ("o_descale", o_descale)):
             if x is not None:
                 setattr(a, name, Descale(x.data_ptr(), *(x.stride() if x.numel() > 1 else (0, 0))))
         if bias is not None:

@@ -468,6 +468,61 @@ static void negative_or_nan_descale_gives_nan_where_a_key_is_seen(void) {
   }
 }
 
+/* An fp8 O of factors per batch entry and head against an fp32 one that is divided here. */
+static void output_descales_divide_before_the_rounding(void) {
+  static uint8_t o_fp8[COUNT(o)];
+  const float factor[kBatch * kHeadsQ] = {0.5f, 0.01f, 3.f, 1.f, 0.07f, 0.001f, 20.f, 1e-30f};
+  for (int32_t dtype_o = FLASHCORE_E4M3; dtype_o <= FLASHCORE_E5M2; ++dtype_o) {
+    const double largest = dtype_o == FLASHCORE_E4M3 ? 448.0 : 57344.0;
+    int saturated = 0;
+    flashcore_attention a = problem(), fp8 = a;
+    fp8.o.data = o_fp8, fp8.dtype_o = dtype_o;
+    fp8.o_descale.data = factor, fp8.o_descale.stride_b = kHeadsQ, fp8.o_descale.stride_h = 1;
+    forward(&a), forward(&fp8);
+    for (int i = 0; i < COUNT(o); ++i) {
+      const double f = (double)factor[i / (kSeqQ * kHeadsQ * kDimV) * kHeadsQ + i / kDimV % kHeadsQ], x = (double)o[i] / f;
+      const double got = flashcore_decode(dtype_o, o_fp8[i]), step = dtype_o == FLASHCORE_E4M3 ? 0.0626 : 0.126;
+      saturated += fabs(got) == largest;
+      if (fabs(x) >= largest) CHECK(got == (x > 0.0 ? largest : -largest));
+      else CHECK(fabs(got - x) <= step * fabs(x) + 1e-3);
+    }
+    CHECK(saturated >= COUNT(o) / (kBatch * kHeadsQ)); /* the last head at least */
+  }
+}
+
+static void amax_is_raised_to_the_largest_finite_output(void) {
+  static const int32_t keys[kBatch] = {kSeqKv, 0};
+  static uint8_t o_fp8[COUNT(o)];
+  const float starts[3] = {0.f, -5.f, 1e6f}, half = 0.5f;
+  for (int n = 0; n < 3; ++n) {
+    flashcore_attention a = problem(), fp8 = a;
+    float amax = starts[n], expected = starts[n];
+    v_row(0, 1, 0)[2] = INFINITY; /* a dim of infinities, and one of NaN: they do not count */
+    v_row(0, 1, 1)[3] = NAN;
+    fill(v_row(1, 0, 0), kSeqKv * kHeadsKv * kDimV, 1e9f); /* nor do keys past the end */
+    a.seqlens_kv = fp8.seqlens_kv = keys;
+    fp8.o.data = o_fp8, fp8.dtype_o = FLASHCORE_E4M3, fp8.o_descale.data = &half, fp8.o_amax = &amax;
+    forward(&a), forward(&fp8);
+    for (int i = 0; i < COUNT(o); ++i)
+      if (isfinite(o[i]) && fabsf(o[i]) > expected) expected = fabsf(o[i]);
+    CHECK(amax == expected && (n == 2 || expected > 0.f));
+    CHECK(o_fp8[2] == 0x7e && isnan(flashcore_decode(FLASHCORE_E4M3, o_fp8[(kHeadsQ - 1) * kDimV + 3])));
+  }
+}
+
+static void negative_or_nan_output_descale_gives_nan_where_a_key_is_seen(void) {
+  static const int32_t keys[kBatch] = {kSeqKv, 0};
+  static uint8_t o_fp8[COUNT(o)];
+  const float bad[2] = {-1.f, NAN};
+  for (int n = 0; n < 2; ++n) {
+    flashcore_attention a = problem();
+    a.o.data = o_fp8, a.dtype_o = FLASHCORE_E5M2, a.seqlens_kv = keys, a.o_descale.data = &bad[n];
+    forward(&a);
+    for (int i = 0; i < COUNT(o) / kBatch; ++i)
+      CHECK(isnan(flashcore_decode(FLASHCORE_E5M2, o_fp8[i])) && flashcore_decode(FLASHCORE_E5M2, o_fp8[COUNT(o) / kBatch + i]) == 0.0);
+  }
+}
+
 static void backend_splits_and_workspace_do_not_matter(void) {
   flashcore_attention a = problem(), forced = twin(&a);
   forced.backend = FLASHCORE_BACKEND_QGMMA, forced.num_splits = 4;
@@ -500,6 +555,9 @@ int main(void) {
   RUN(outputs_are_rounded_to_their_type);
   RUN(descales_multiply_what_is_stored);
   RUN(negative_or_nan_descale_gives_nan_where_a_key_is_seen);
+  RUN(output_descales_divide_before_the_rounding);
+  RUN(amax_is_raised_to_the_largest_finite_output);
+  RUN(negative_or_nan_output_descale_gives_nan_where_a_key_is_seen);
   RUN(backend_splits_and_workspace_do_not_matter);
   return check_end();
 }

@@ -33,6 +33,7 @@ static void pack_q(flashcore_attention *a) { a->cu_seqlens_q = ints, a->total_q 
 static void pack_kv(flashcore_attention *a) { a->cu_seqlens_kv = ints, a->total_kv = 10; }
 static void page(flashcore_attention *a) { a->page_table = ints, a->page_size = 4, a->num_pages = 3, a->page_table_stride_b = 2; }
 static void make_fp8(flashcore_attention *a) { a->dtype = FLASHCORE_E4M3, a->dtype_o = FLASHCORE_F32; }
+static void make_fp8_o(flashcore_attention *a) { a->dtype_o = FLASHCORE_E5M2, a->o_amax = floats; }
 static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 << 20, a->heads_kv = 1; }
 
 #define FAR_AWAY ((int64_t)1 << 61)
@@ -81,6 +82,8 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(seqlens_kv_misaligned, FLASHCORE_MISALIGNED, "seqlens_kv", a->seqlens_kv = (int32_t *)odd(ints))                                                 \
   X(page_table_misaligned, FLASHCORE_MISALIGNED, "page_table", page(a); a->page_table = (int32_t *)odd(ints))                                        \
   X(descale_misaligned, FLASHCORE_MISALIGNED, "q_descale", make_fp8(a); a->q_descale.data = (float *)odd(floats))                                    \
+  X(o_descale_misaligned, FLASHCORE_MISALIGNED, "o_descale", make_fp8_o(a); a->o_descale.data = (float *)odd(floats))                                \
+  X(o_amax_misaligned, FLASHCORE_MISALIGNED, "o_amax", make_fp8_o(a); a->o_amax = (float *)odd(floats))                                              \
   X(o_stride_b_zero, FLASHCORE_INVALID_STRIDE, "o.stride_b", a->o.stride_b = 0)                                                                      \
   X(o_stride_s_zero, FLASHCORE_INVALID_STRIDE, "o.stride_s", a->o.stride_s = 0)                                                                      \
   X(o_stride_h_zero, FLASHCORE_INVALID_STRIDE, "o.stride_h", a->o.stride_h = 0)                                                                      \
@@ -109,6 +112,8 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(mask_stride_h_overflows, FLASHCORE_OFFSET_OVERFLOW, "mask_stride_h", a->mask_bits = mask_words; a->mask_stride_h = FAR_AWAY)                     \
   X(mask_stride_q_overflows, FLASHCORE_OFFSET_OVERFLOW, "mask_stride_q", a->mask_bits = mask_words; a->mask_stride_q = FAR_AWAY)                     \
   X(descale_stride_overflows, FLASHCORE_OFFSET_OVERFLOW, "v_descale", make_fp8(a); a->v_descale.data = floats; a->v_descale.stride_h = FAR_AWAY)     \
+  X(o_descale_stride_overflows, FLASHCORE_OFFSET_OVERFLOW, "o_descale", make_fp8_o(a); a->o_descale.data = floats + 1;                               \
+    a->o_descale.stride_b = FAR_AWAY)                                                                                                                \
   X(scale_negative, FLASHCORE_INVALID_SCALE, "scale", a->scale = -1.f)                                                                               \
   X(scale_infinite, FLASHCORE_INVALID_SCALE, "scale", a->scale = INFINITY)                                                                           \
   X(scale_nan, FLASHCORE_INVALID_SCALE, "scale", a->scale = NAN)                                                                                     \
@@ -119,6 +124,9 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(q_descale_without_fp8, FLASHCORE_INVALID_SCALE, "q_descale", a->q_descale.data = floats)                                                         \
   X(k_descale_without_fp8, FLASHCORE_INVALID_SCALE, "k_descale", a->k_descale.data = floats)                                                         \
   X(v_descale_without_fp8_keys, FLASHCORE_INVALID_SCALE, "v_descale", make_fp8(a); a->dtype_kv = FLASHCORE_F16; a->v_descale.data = floats)          \
+  X(o_descale_without_fp8_o, FLASHCORE_INVALID_SCALE, "o_descale", a->o_descale.data = floats)                                                       \
+  X(o_descale_of_a_default_o, FLASHCORE_INVALID_SCALE, "o_descale", a->dtype = FLASHCORE_E4M3; a->o_descale.data = floats)                           \
+  X(o_amax_without_fp8_o, FLASHCORE_INVALID_SCALE, "o_amax", make_fp8(a); a->o_amax = floats)                                                        \
   X(causal_unknown, FLASHCORE_INVALID_MASK, "causal", a->causal = 3)                                                                                 \
   X(causal_negative, FLASHCORE_INVALID_MASK, "causal", a->causal = -1)                                                                               \
   X(window_neither_0_nor_1, FLASHCORE_INVALID_MASK, "window", a->window = 128)                                                                       \
@@ -139,6 +147,9 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(o_is_q, FLASHCORE_ALIASED_OUTPUT, "o.data", a->o.data = a->q.data)                                                                               \
   X(o_is_k, FLASHCORE_ALIASED_OUTPUT, "o.data", a->o.data = a->k.data)                                                                               \
   X(o_is_v, FLASHCORE_ALIASED_OUTPUT, "o.data", a->o.data = a->v.data)                                                                               \
+  X(o_amax_is_o, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_amax = o_data)                                                              \
+  X(o_amax_is_lse, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_amax = lse_data)                                                          \
+  X(o_amax_is_o_descale, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_descale.data = floats)                                              \
   X(backend_unknown, FLASHCORE_INVALID_BACKEND, "backend", a->backend = 7)                                                                           \
   X(backend_negative, FLASHCORE_INVALID_BACKEND, "backend", a->backend = -1)
 
@@ -157,6 +168,7 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(packed, pack_q(a); pack_kv(a))                                                                                                                   \
   X(odd_address_for_one_byte, make_fp8(a); a->q.data = odd(q_data))                                                                                  \
   X(descales_for_fp8_keys_only, a->dtype_kv = FLASHCORE_E5M2; a->k_descale.data = a->v_descale.data = floats)                                        \
+  X(descale_and_amax_of_an_fp8_o, make_fp8_o(a); a->o_descale.data = floats + 1; a->o_descale.stride_b = 4; a->o_descale.stride_h = 1)               \
   X(unused_strides_are_not_read, a->bias_stride_b = a->mask_stride_b = a->alibi_stride_b = FAR_AWAY)
 
 typedef void (*change_function)(flashcore_attention *);
