@@ -12,7 +12,7 @@
  *   x.x = flashcore_bshd(q16, 512, 8, 64);  x.out = flashcore_bshd(q8, 512, 8, 64);  x.descale = q_scales;     (2 * 8 floats)
  *   flashcore_fp8_quantise(&x, stream, &why);                                                                  (the same for K and V)
  *   a.dtype = FLASHCORE_E4M3;  a.q_descale.data = q_scales;  a.q_descale.stride_b = 8;  a.q_descale.stride_h = 1;   ...
- *   flashcore_forward(&a, stream, &why);                                                                       (O is bf16 unless dtype_o says fp16)
+ *   flashcore_forward(&a, stream, &why);                                                                       (O is bf16 unless dtype_o says so)
  *
  * Contents                                                       backend   element type         dims (smaller multiples of 16 are padded)   from
  *   1  C API of the quantisers
@@ -22,10 +22,10 @@
  *   5  mma.sync: one warp's rows                                           bf16
  *   6  mma.sync: kernel
  *   7  wgmma: fp8 products                                       QGMMA     e4m3, e5m2           64, 128, 256                                sm_90a
- *   8  wgmma: one struct describes one kernel                              O: f16, bf16
+ *   8  wgmma: one struct describes one kernel                              O: the same, f16, bf16
  *   9  wgmma: the producer and the transposers
- *  10  wgmma: the consumers' mainloop                            not served: O in fp8 or fp32, page tables, key splits, addresses and strides that
- *  11  wgmma: kernel                                             are no multiples of 16 bytes; QGMMA: negative strides, K and V without keys
+ *  10  wgmma: the consumers' mainloop                            not served: O in fp32, page tables, key splits, addresses and strides that are no
+ *  11  wgmma: kernel                                             multiples of 16 bytes; QGMMA: negative strides, K and V without keys
  *  12  wgmma: 16-bit Q beside fp8 K and V                        QGMMA     Q: f16, bf16         64, 128, 256                                sm_90a
  *  13  quantisers: validation, launch, CPU reference                       K, V: e4m3, e5m2
  *  14  attention: plan and launch                                          O: f16, bf16         Q, O: as WGMMA; K, V: of whole 16 bytes
@@ -42,7 +42,7 @@
  *          the largest p would be the error
  *   o      the tensor cores keep some 14 bits of a sum. It is taken over few keys and added up in f32: mma.sync in registers after every step, wgmma
  *          in shared memory after every 512 keys
- *   scale  descales of Q and K join c, that of V the division by l
+ *   scale  descales of Q and K join c, that of V the division by l; what is stored of an fp8 O has been multiplied with 1 / o_descale
  * Mixed, which is fp16 or bf16 Q beside fp8 K and V (a cache), is exact where fp8 is not: mma.sync gets K and V as fp16, which holds them all, and P as
  * fp16. bf16 Q becomes fp16 too, each row in units of a power of two, so that one kernel serves both.
  *
@@ -1446,6 +1446,7 @@ template <typename Tile> struct qgmma_barriers : wgmma_barriers<Tile> {
 /* Of a tile's scores and values, with the descales. */
 struct qgmma_scales {
   float natural, log2, v; /* products to logits; to logits in log2 units (1 behind a rule); what O is multiplied with */
+  float o;                /* and with this, where it is stored in fp8 */
 };
 template <typename Tile> struct qgmma_shared : wgmma_shared<Tile> { qgmma_scales scales[2]; /* of tiles 0, 2, ... and 1, 3, ... */ };
 
@@ -1467,7 +1468,8 @@ FLASHCORE_DEVICE void qgmma_plan_tile(const flashcore_attention &a, const wgmma_
     if (more && lane == 0) {
       const int kv_head = plan.group.quotient(w.head);
       const float qk = fp8_descale(a.q_descale, w.batch, w.head) * fp8_descale(a.k_descale, w.batch, kv_head);
-      block.scales[tile % 2] = {a.scale * qk, Rule::kActive ? 1.f : fp8_normal(plan.scale_log2 * qk), fp8_descale(a.v_descale, w.batch, kv_head)};
+      block.scales[tile % 2] = {a.scale * qk, Rule::kActive ? 1.f : fp8_normal(plan.scale_log2 * qk), fp8_descale(a.v_descale, w.batch, kv_head),
+                                __frcp_rn(fp8_descale(a.o_descale, w.batch, w.head))};
     }
     mbarrier_arrive(barriers.work_full(tile));
   }
@@ -1833,16 +1835,23 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   /* ---- the loop ---- */
 
   /* O is complete but for its older part: to memory. */
-  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, float v_scale) {
+  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, const qgmma_scales &scales) {
     base::release_v(at);
     if (has_older)
 #pragma unroll
       for (int first = 0; first < kTilesO; first += kBatch) add_kept(first);
+    const bool has_keys[2] = {inverse[0] != 0.f, inverse[1] != 0.f}; /* a row without is 0, whatever the scales */
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      if (inverse[h] != 0.f) inverse[h] *= v_scale; /* a row without keys is 0, whatever the scale */
+      if (has_keys[h]) inverse[h] *= scales.v;
     if (a.dtype_o == FLASHCORE_F16) store<__half>(a, w);
-    else store<__nv_bfloat16>(a, w);
+    else if (a.dtype_o == FLASHCORE_BF16) store<__nv_bfloat16>(a, w);
+    else {
+      const float unit[2] = {has_keys[0] ? scales.o : 1.f, has_keys[1] ? scales.o : 1.f};
+      if (a.o_amax) raise_amax(a, w);
+      if (a.dtype_o == FLASHCORE_E4M3) store_fp8<e4m3>(a, w, unit);
+      else store_fp8<e5m2>(a, w, unit);
+    }
   }
   /* See wgmma_warp::change_tiles. tile: the number of the one to start. */
   __forceinline__ __device__ void change_tiles(const flashcore_attention &a, const wgmma_schedule &plan, int tile, bool starting,
@@ -1869,7 +1878,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     }
     wgmma_wait<0>();
     wgmma_pin(o);
-    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2].v);
+    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2]);
     if (!Tile::kOverlapsTiles) {
       if (starting) first = base::start_tile(a, next.tile, skip);
       gemm_qk(first);
@@ -1968,6 +1977,45 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
         if (n * 8 < dims) __stcs(reinterpret_cast<uint4 *>(dst + n * 8), odd ? make_uint4(low, high, x[2], x[3]) : make_uint4(x[0], x[1], low, high));
       }
     }
+  }
+  /* The same in fp8, times `unit`: lane t has word t of each 16 dims, and of every four such chunks it gets the words of chunk t. */
+  template <typename F8> __forceinline__ __device__ void store_fp8(const flashcore_attention &a, const wgmma_walk &w, const float (&unit)[2]) const {
+    const int column = lane() % 4 * 16, rows = w.tile.len_q - w.row - lane() / 4;
+    uint8_t *const out = static_cast<uint8_t *>(a.o.data) + w.o + lane() / 4 * a.o.stride_s + column;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      uint8_t *const dst = out + 8 * h * a.o.stride_s;
+      const int dims = 8 * h < rows ? a.dim_v - column : 0;
+      const auto stored = [&](int n, int x) { return o[n][2 * h + x] * inverse[h] * unit[h]; };
+#pragma unroll
+      for (int n = 0; n < kTilesO; n += 8) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int even = n + 2 * i, odd = even + 1;
+          x[i] = pack4<F8>(stored(even, 0), stored(odd, 0), stored(even, 1), stored(odd, 1));
+        }
+        quad_transpose(x);
+        if (n * 8 < dims) __stcs(reinterpret_cast<uint4 *>(dst + n * 8), make_uint4(x[0], x[1], x[2], x[3]));
+      }
+    }
+  }
+  /* The largest finite |O| of the warp's live rows joins that of the others; dims beyond dim_v are 0.   callers  all 32 lanes, converged */
+  __forceinline__ __device__ void raise_amax(const flashcore_attention &a, const wgmma_walk &w) const {
+    float amax = 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float unit = 8 * h < w.tile.len_q - w.row - lane() / 4 ? inverse[h] : 0.f;
+#pragma unroll
+      for (int n = 0; n < kTilesO; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          const float size = fabsf(o[n][2 * h + x] * unit);
+          if (size < INFINITY) amax = fmaxf(amax, size);
+        }
+    }
+    amax = warp_max(amax);
+    if (lane() == 0) atomicMax(reinterpret_cast<int *>(a.o_amax), __float_as_int(amax)); /* floats that are not negative order as integers do */
   }
 };
 
@@ -2581,18 +2629,20 @@ static bool flashcore_fp8_is_mixed(const flashcore_attention *a) {
 }
 
 /* What both fp8 kernels ask for: types, keys that are neither paged nor split, dims, addresses and strides of whole 16 bytes.
- *   mixed    the types are right already: Q is not fp8 */
+ *   mixed    the types are right already: Q is not fp8
+ *   fp8_o    is an fp8 O served? */
 static flashcore_status flashcore_fp8_check_attention(const flashcore_attention *a, const flashcore_device *device, const char *kernel, bool mixed,
-                                                      int min_arch, flashcore_error *error) {
+                                                      bool fp8_o, int min_arch, flashcore_error *error) {
   if (!mixed && !flashcore_is_fp8(a->dtype))
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", a->dtype, FLASHCORE_E4M3, "dtype: the %s kernel serves fp8, not %d", kernel,
                             (int)a->dtype);
   if (!mixed && a->dtype_kv != a->dtype)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", a->dtype_kv, a->dtype,
                             "dtype_kv: the %s kernel needs one type for Q, K and V (%d), not %d", kernel, (int)a->dtype, (int)a->dtype_kv);
-  if (a->dtype_o != FLASHCORE_F16 && a->dtype_o != FLASHCORE_BF16)
-    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, FLASHCORE_BF16,
-                            "dtype_o: the %s kernel writes fp16 and bf16, not %d", kernel, (int)a->dtype_o);
+  const int32_t last_o = fp8_o ? FLASHCORE_E5M2 : FLASHCORE_BF16;
+  if (a->dtype_o < FLASHCORE_F16 || a->dtype_o > last_o)
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, last_o, "dtype_o: the %s kernel writes %s, not %d", kernel,
+                            fp8_o ? "fp16, bf16 and fp8" : "fp16 and bf16", (int)a->dtype_o);
   flashcore_attention other = *a; /* the rest is asked of 16-bit types too */
   other.dtype = other.dtype_kv = other.dtype_o = FLASHCORE_F16;
   FLASHCORE_FP8_TRY(flashcore_check_tensor_core(&other, device, kernel, min_arch, error));
@@ -2604,7 +2654,8 @@ static flashcore_status flashcore_fp8_check_attention(const flashcore_attention 
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {
-    const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(tensors[i]->data), step = i == 3 || (i == 0 && mixed) ? 8 : 16;
+    const bool wide = i == 3 ? !flashcore_is_fp8(a->dtype_o) : i == 0 && mixed;
+    const int64_t address = (int64_t) reinterpret_cast<uintptr_t>(tensors[i]->data), step = wide ? 8 : 16;
     const int64_t strides[3] = {tensors[i]->stride_b, tensors[i]->stride_s, tensors[i]->stride_h};
     if (address % 16)
       return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_FEATURE, names[i], address, 16, "%s: the %s kernel needs a 16-byte aligned address",
@@ -2635,10 +2686,13 @@ static flashcore_attention flashcore_kv8_queries(const flashcore_attention *a) {
 
 /* What fp8 kernels ask of K and V; Q and O lie as they like. */
 static flashcore_status flashcore_kv8_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+  if (flashcore_is_fp8(a->dtype_o))
+    return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, FLASHCORE_BF16,
+                            "dtype_o: beside 16-bit Q the qgmma kernel writes fp16 and bf16, not %d", (int)a->dtype_o);
   flashcore_attention keys = *a;
   keys.dtype = a->dtype_kv;
   keys.q = keys.o = flashcore_tensor{};
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(&keys, device, "qgmma", false, 90, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(&keys, device, "qgmma", false, false, 90, error));
   if (device->arch != 90)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
                             "the qgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
@@ -2736,7 +2790,7 @@ static flashcore_status flashcore_kv8_launch(const flashcore_attention *a, const
 
 /* Besides, inputs that TMA can read: strides not negative and less than 2^40 bytes, and a key. */
 static flashcore_status flashcore_qgmma_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qgmma", false, 90, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qgmma", false, true, 90, error));
   if (device->arch != 90)
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_ARCH, "device", device->arch, 90,
                             "the qgmma kernel runs on sm_90 alone, the device is sm_%d", (int)device->arch);
@@ -2855,7 +2909,7 @@ static flashcore_status flashcore_qmma_check(const flashcore_attention *a, const
   if (!FLASHCORE_QMMA_COMPILER)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "backend", __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__, 1204,
                             "backend: the qmma kernel needs CUDA 12.4, this was compiled with %d.%d", __CUDACC_VER_MAJOR__, __CUDACC_VER_MINOR__);
-  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qmma", flashcore_fp8_is_mixed(a), 89, error));
+  FLASHCORE_FP8_TRY(flashcore_fp8_check_attention(a, device, "qmma", flashcore_fp8_is_mixed(a), false, 89, error));
   const flashcore_tensor *tensors[4] = {&a->q, &a->k, &a->v, &a->o};
   const char *names[4] = {"q", "k", "v", "o"};
   for (int i = 0; i < 4; ++i) {

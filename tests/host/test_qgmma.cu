@@ -51,6 +51,18 @@ static void keys_and_dims_choose_the_tile() {
   }
 }
 
+static void every_output_type_but_fp32_is_served_by_the_same_kernel() {
+  for (int32_t dtype_o = FLASHCORE_F16; dtype_o <= FLASHCORE_E5M2; ++dtype_o) {
+    flashcore_attention a = accepted8(2048, 128);
+    flashcore_plan plan;
+    flashcore_error error = {};
+    a.dtype_o = dtype_o;
+    if (flashcore_is_fp8(dtype_o)) a.o_descale.data = (const float *)20480, a.o_amax = (float *)24576;
+    if (!CHECK(plan_on(90, a, FLASHCORE_BACKEND_QGMMA, &plan, &error) == FLASHCORE_OK)) printf("  %d: %s\n", (int)dtype_o, error.message);
+    else CHECK(!strcmp(plan.d.kernel, "qgmma e4m3 d128 q128 kv128 accurate"));
+  }
+}
+
 /* 16-bit Q beside fp8 K and V. */
 static flashcore_attention accepted_kv8(int32_t seq_q, int32_t seq_kv, int32_t dim = 64) {
   flashcore_attention a = sized(2, 8, 2, seq_q, seq_kv, dim);
@@ -94,6 +106,7 @@ static const refusal refusals_kv8[] = {
     {"e5m2 left out", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_E5M2; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", FLASHCORE_E5M2, 0},
     {"fp32 Q", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, FLASHCORE_E4M3},
     {"fp32 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_F32, FLASHCORE_BF16},
+    {"fp8 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_E4M3; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_E4M3, FLASHCORE_BF16},
     {"Ada", [](flashcore_attention &) {}, 89, FLASHCORE_UNSUPPORTED_ARCH, "device", 89, 90},
     {"splits", [](flashcore_attention &a) { a.num_splits = 3; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", 3, 1},
     {"dim 56", [](flashcore_attention &a) { a.dim_qk = 56; }, 90, FLASHCORE_UNSUPPORTED_DIM, "dim_qk", 56, 16},
@@ -107,8 +120,7 @@ static const refusal refusals[] = {
     {"fp16 K", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_F16; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_kv", FLASHCORE_F16,
      FLASHCORE_E4M3},
     {"e5m2 left out", [](flashcore_attention &a) { a.dtype = FLASHCORE_E5M2; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype", FLASHCORE_E5M2, 0},
-    {"fp32 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_F32, FLASHCORE_BF16},
-    {"fp8 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_E4M3; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_E4M3, FLASHCORE_BF16},
+    {"fp32 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", FLASHCORE_F32, FLASHCORE_E5M2},
     {"Ada", [](flashcore_attention &) {}, 89, FLASHCORE_UNSUPPORTED_ARCH, "device", 89, 90},
     {"splits", [](flashcore_attention &a) { a.num_splits = 3; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "num_splits", 3, 1},
     {"no keys", [](flashcore_attention &a) { a.seq_kv = 0; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "seq_kv", 0, 1},
@@ -117,6 +129,10 @@ static const refusal refusals[] = {
     {"address", [](flashcore_attention &a) { a.v.data = (void *)4104; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "v", 4104, 16},
     {"odd stride", [](flashcore_attention &a) { a.k.stride_s += 8; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "k", 2 * 64 + 8, 16},
     {"odd stride of O", [](flashcore_attention &a) { a.o.stride_s += 4; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "o", 2 * 64 + 4, 8},
+    {"odd stride of an fp8 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_E5M2, a.o.stride_s += 8; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "o",
+     2 * 64 + 8, 16},
+    {"odd address of an fp8 O", [](flashcore_attention &a) { a.dtype_o = FLASHCORE_E4M3, a.o.data = (void *)4104; }, 90,
+     FLASHCORE_UNSUPPORTED_FEATURE, "o", 4104, 16},
     {"backwards", [](flashcore_attention &a) { a.q.stride_s = -a.q.stride_s; }, 90, FLASHCORE_UNSUPPORTED_FEATURE, "q", -2 * 64,
      ((int64_t)1 << 40) - 16},
 };
@@ -129,6 +145,7 @@ static void refusals_name_the_field_and_the_kernel() {
 int main() {
   RUN(every_float_is_rounded_as_the_reference_does);
   RUN(keys_and_dims_choose_the_tile);
+  RUN(every_output_type_but_fp32_is_served_by_the_same_kernel);
   RUN(options_and_dims_choose_the_kernel_of_a_cache);
   RUN(refusals_name_the_field_and_the_kernel);
   return check_end();
