@@ -63,6 +63,7 @@ inline const std::vector<Breakage> &breakages() {
       {"num_splits_negative", FLASHCORE_INVALID_SPLIT, [](A &a) { a.num_splits = -1; }},
       {"split_len_not_a_multiple", FLASHCORE_INVALID_SPLIT, [](A &a) { a.split_len = 63; }},
       {"both_splits", FLASHCORE_INVALID_SPLIT, [](A &a) { a.num_splits = 2, a.split_len = 64; }},
+      {"amax_without_fp8_o", FLASHCORE_INVALID_SCALE, [](A &a) { a.o_amax = (float *)a.o.data; }},
       {"descale_without_fp8", FLASHCORE_INVALID_SCALE, [](A &a) { a.q_descale.data = (const float *)a.q.data; }},
   };
   return list;

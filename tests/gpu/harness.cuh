@@ -67,7 +67,8 @@ struct Case {
   int lengths = 0; // bits of Lengths
   int page = 0;    // page size
   int splits = 0, split_len = 0;
-  int descale = 0; // of fp8 tensors: 1 one for each, 2 per batch entry and head
+  int descale = 0; // of fp8 tensors: 1 one for each, 2 per batch entry and head, 3 likewise, but two of three of O are NaN or negative
+  int amax = 0;    // 1: wanted, where O is fp8
   int backend = 0, tile = 0, layout = 0, data = 0, broken = 0, seed = 1;
   float scale = 0, softcap = 0;
 };
@@ -90,9 +91,10 @@ inline const std::vector<CaseField> &case_fields() {
       {"alibi", &Case::alibi, nullptr},     {"bias", &Case::bias, nullptr},         {"bias_dtype", &Case::bias_dtype, nullptr},
       {"mask", &Case::mask, nullptr},       {"sink", &Case::sink, nullptr},         {"lengths", &Case::lengths, nullptr},
       {"page", &Case::page, nullptr},       {"splits", &Case::splits, nullptr},     {"split_len", &Case::split_len, nullptr},
-      {"descale", &Case::descale, nullptr}, {"backend", &Case::backend, nullptr},   {"tile", &Case::tile, nullptr},
-      {"layout", &Case::layout, nullptr},   {"data", &Case::data, nullptr},         {"broken", &Case::broken, nullptr},
-      {"seed", &Case::seed, nullptr},       {"scale", nullptr, &Case::scale},       {"softcap", nullptr, &Case::softcap},
+      {"descale", &Case::descale, nullptr}, {"amax", &Case::amax, nullptr},         {"backend", &Case::backend, nullptr},
+      {"tile", &Case::tile, nullptr},       {"layout", &Case::layout, nullptr},     {"data", &Case::data, nullptr},
+      {"broken", &Case::broken, nullptr},   {"seed", &Case::seed, nullptr},         {"scale", nullptr, &Case::scale},
+      {"softcap", nullptr, &Case::softcap},
   };
   return fields;
 }
@@ -396,7 +398,9 @@ static __global__ void forget_outputs(Walk w, uint32_t *lse) {
   for (int64_t n = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; n < elements(w); n += (int64_t)gridDim.x * blockDim.x) {
     const Spot s = spot(w, n);
     if (s.at == oracle::kMissing) continue;
-    if (w.dtype == FLASHCORE_F32) static_cast<uint32_t *>(w.t.data)[s.at] = kPoison;
+    uint8_t *const byte = static_cast<uint8_t *>(w.t.data) + s.at;
+    if (oracle::is_fp8(w.dtype)) *byte = (uint8_t)(kPoison8 >> 8 * ((uintptr_t)byte % 4));
+    else if (w.dtype == FLASHCORE_F32) static_cast<uint32_t *>(w.t.data)[s.at] = kPoison;
     else static_cast<uint16_t *>(w.t.data)[s.at] = (uint16_t)kPoison;
     if (lse && s.d == 0) lse[n / w.dim] = kPoison;
   }
@@ -500,6 +504,7 @@ inline int kv_dtype(const Case &c) { return c.dtype_kv ? c.dtype_kv : c.dtype; }
 /* What the backends promise to take: a refusal of these is a failure, so that "everything was refused" cannot pass. */
 inline bool must_serve(const Case &c, int backend) {
   if (c.broken) return false;
+  if (oracle::is_fp8(c.dtype_o) && (!oracle::is_fp8(c.dtype) || backend == FLASHCORE_BACKEND_QMMA)) return false;
   if (oracle::is_fp8(kv_dtype(c))) {
     if (c.dtype == FLASHCORE_F32 || c.dtype_o == FLASHCORE_F32 || c.dim_qk % 16 || c.dim_v % 16 || c.dim_qk > 256 || c.dim_v > 256) return false;
     if (c.page || c.splits > 1 || c.split_len) return false;
@@ -507,7 +512,7 @@ inline bool must_serve(const Case &c, int backend) {
     const bool qgmma = (is_mixed(c) || readable) && device_arch() == 90, qmma = c.layout != LAYOUT_SLICE && device_arch() >= 89;
     return backend == FLASHCORE_BACKEND_QGMMA  ? qgmma
            : backend == FLASHCORE_BACKEND_QMMA ? qmma
-                                               : backend == FLASHCORE_BACKEND_AUTO && (qgmma || qmma);
+                                               : backend == FLASHCORE_BACKEND_AUTO && (qgmma || (qmma && !oracle::is_fp8(c.dtype_o)));
   }
   if (backend == FLASHCORE_BACKEND_QMMA || backend == FLASHCORE_BACKEND_QGMMA) return false;
   if (backend == FLASHCORE_BACKEND_SIMT || backend == FLASHCORE_BACKEND_AUTO) return device_arch() >= 75;
@@ -542,6 +547,7 @@ public:
     fill_data();
     o_memory->poison();
     if (lse_memory) lse_memory->poison();
+    if (amax_memory) amax_memory->poison();
     CUDA_OK(oracle::run(a, ref));
     CUDA_OK(cudaDeviceSynchronize());
     fingerprint = sum_inputs();
@@ -585,6 +591,7 @@ public:
     size_t bytes = 0;
     const flashcore_status sized = workspace_size(&bytes, &size_error);
     if (sized == FLASHCORE_OK) provide_workspace(bytes);
+    if (a.o_amax) CUDA_OK(cudaMemsetAsync(a.o_amax, 0, sizeof *a.o_amax, stream));
     const cudaError_t before = cudaPeekAtLastError();
     const flashcore_status said = supported(&error);
     const flashcore_status did = forward(stream, &error2);
@@ -604,6 +611,8 @@ public:
   std::string judge() {
     wait();
     std::string why = compare();
+    const std::string why_amax = judge_amax(take_amax());
+    if (why.empty()) why = why_amax;
     forget_outputs<<<grid_for(elements(walk_o())), 256>>>(walk_o(), (uint32_t *)a.lse);
     if (why.empty()) why = untouched();
     if (!why.empty()) {
@@ -620,7 +629,8 @@ public:
     if (outcome.what == Outcome::PASSED) outcome.why = judge();
     else wait();
     if (outcome.what == Outcome::REFUSED) {
-      const std::string touched = untouched();
+      const float amax = take_amax();
+      const std::string touched = amax != 0 ? "o_amax was raised" : untouched();
       if (!touched.empty()) return {Outcome::FAILED, outcome.status, "a refused call: " + touched};
       const bool excused = !must_serve(c, backend);
       return {excused ? Outcome::REFUSED : Outcome::FAILED, outcome.status, (excused ? "" : "refused, but must be served: ") + outcome.why};
@@ -672,10 +682,27 @@ public:
     return "";
   }
 
+  /* What o_amax was raised to, 0 where there is none; it is poison from then on. */
+  float take_amax() const {
+    float x = 0;
+    if (!a.o_amax) return x;
+    CUDA_OK(cudaMemcpy(&x, a.o_amax, sizeof x, cudaMemcpyDeviceToHost));
+    amax_memory->poison();
+    return x;
+  }
+  /* The error rule, with what it allows a bf16 O for its rounding. */
+  std::string judge_amax(float x) const {
+    if (!a.o_amax) return "";
+    unsigned long long expected[2];
+    CUDA_OK(cudaMemcpy(expected, ref.amax, sizeof expected, cudaMemcpyDeviceToHost));
+    const double amax = as_double(expected[0]), limit = error_factor() * 2 * as_double(expected[1]) + 0x1p-8 * amax;
+    return std::fabs(x - amax) <= limit ? "" : format("o_amax is %.9g, expected %.9g within %.3g", x, amax, limit);
+  }
+
 private:
   std::mt19937 rng;
   std::vector<std::unique_ptr<Memory>> inputs, others; // what the library reads; what only the tests use
-  std::unique_ptr<Memory> o_memory, lse_memory, workspace;
+  std::unique_ptr<Memory> o_memory, lse_memory, amax_memory, workspace;
   oracle::Output ref = {};
   unsigned long long fingerprint = 0;
   std::vector<int32_t> len_q, len_kv, pages;
@@ -753,7 +780,7 @@ private:
     const int dtype = dtype_of(role), bytes = bytes_of(dtype);
     const bool wide_unit = oracle::is_fp8(c.dtype) || oracle::is_fp8(dtype);
     const Placement p = lay_out(layout_of(role), extent_of(role), role, row_width, column, wide_unit ? 16 : 8);
-    if (!data && role == ROLE_O) o_memory.reset(new Memory((size_t)(p.span * bytes))), data = o_memory->data<char>();
+    if (!data && role == ROLE_O) o_memory.reset(new Memory((size_t)(p.span * bytes), poison_for(dtype))), data = o_memory->data<char>();
     if (!data) data = add<char>(inputs, p.span * bytes, poison_for(dtype));
     return flashcore_strided(data + p.origin * bytes, p.stride_b, p.stride_s, p.stride_h);
   }
@@ -773,20 +800,23 @@ private:
     a.o = add_tensor(ROLE_O, 0, 0, nullptr);
     const int64_t rows = (int64_t)c.batch * c.heads_q * c.seq_q;
     if (c.lse) lse_memory.reset(new Memory((size_t)rows * 4)), a.lse = lse_memory->data<float>();
+    if (c.amax && oracle::is_fp8(dtype_of(ROLE_O))) amax_memory.reset(new Memory(sizeof(float))), a.o_amax = amax_memory->data<float>();
     ref.o = add<double>(others, rows * c.dim_v);
     ref.low = add<float>(others, rows * c.dim_v);
     ref.lse = add<double>(others, rows);
     ref.peak = add<double>(others, rows);
+    ref.amax = add<unsigned long long>(others, 2);
   }
 
   void add_rules() {
     if (c.alibi) a.alibi_slopes = add<float>(inputs, (int64_t)c.batch * c.heads_q), a.alibi_stride_b = c.alibi == 2 ? c.heads_q : 0;
     if (c.sink) a.sink = add<float>(inputs, c.heads_q);
-    flashcore_descale *const descales[3] = {&a.q_descale, &a.k_descale, &a.v_descale};
-    for (int i = is_mixed(c) ? 1 : 0; i < 3 && c.descale; ++i) {
-      const int64_t heads = i == 0 ? c.heads_q : c.heads_kv;
-      descales[i]->data = add<float>(inputs, c.descale == 2 ? c.batch * heads : 1);
-      if (c.descale == 2) descales[i]->stride_b = heads, descales[i]->stride_h = 1;
+    flashcore_descale *const descales[4] = {&a.q_descale, &a.k_descale, &a.v_descale, &a.o_descale};
+    for (int role = ROLE_Q; role <= ROLE_O && c.descale; ++role) {
+      const int64_t heads = role == ROLE_Q || role == ROLE_O ? c.heads_q : c.heads_kv;
+      if (!oracle::is_fp8(dtype_of(role))) continue;
+      descales[role]->data = add<float>(inputs, c.descale >= 2 ? c.batch * heads : 1);
+      if (c.descale >= 2) descales[role]->stride_b = heads, descales[role]->stride_h = 1;
     }
     const int64_t pitch = c.seq_kv + 3, heads = c.heads_q;
     if (c.bias) {
@@ -861,10 +891,14 @@ private:
     for (float &x : sinks) x = 2.f * normal_number(rng);
     if (c.alibi) upload(a.alibi_slopes, slopes);
     if (c.sink) upload(a.sink, sinks);
-    for (const flashcore_descale *d : {&a.q_descale, &a.k_descale, &a.v_descale}) {
+    for (const flashcore_descale *d : {&a.q_descale, &a.k_descale, &a.v_descale, &a.o_descale}) {
       if (!d->data) continue;
+      const float unit = d != &a.o_descale ? 1.f : c.dtype_o == FLASHCORE_E4M3 ? 0x1p-10f : 0x1p-17f; // some of O, not all, is too large then
       std::vector<float> factors(d->stride_h ? (size_t)(c.batch * d->stride_b) : 1);
-      for (float &x : factors) x = 0.25f + (float)below(1000) / 500.f;
+      for (float &x : factors) x = (0.25f + (float)below(1000) / 500.f) * unit;
+      for (size_t n = 0; c.descale == 3 && d == &a.o_descale && n < factors.size(); ++n) {
+        if (n % 3) factors[n] = n % 3 == 1 ? NAN : -1.f;
+      }
       upload(d->data, factors);
     }
     const uint64_t seed = 100 + (uint64_t)c.seed;
@@ -931,6 +965,7 @@ private:
   std::string untouched() const {
     if (o_memory->inspect().differing) return "O was written outside its live rows";
     if (lse_memory && lse_memory->inspect().differing) return "the LSE was written outside its live rows";
+    if (amax_memory && amax_memory->inspect().differing) return "something beside o_amax was written";
     if (sum_inputs() != fingerprint) return "an input was written";
     if (!workspace) return "";
     const int64_t guard = (int64_t)kGuardBytes / 4;

@@ -4,13 +4,14 @@
  * rules are decoded here once more, in the plainest way, so that a mistake in the library's helpers cannot hide. One block per
  * (batch, head, query row); keys by threads for the logits, output dims by threads for the values.
  *
- *   o      ref64: everything in fp64
+ *   o      ref64: everything in fp64; where O is fp8, in the units it is stored in, and no larger than its largest number
  *   lse    ref64, in the base that the descriptor asks for
  *   peak   the largest |logit| of the row
  *   low    "lowref": logits and l in fp32 (fp8 Q: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
  *          maximum, P rounded to the type of Q (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
  *          rounded to the output type; the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits
- *          are */
+ *          are
+ *   amax   over all live rows, in O's own units: the largest finite |O|, and the largest error of lowref before it is rounded */
 #ifndef FLASHCORE_TESTS_ORACLE_CUH
 #define FLASHCORE_TESTS_ORACLE_CUH
 
@@ -26,6 +27,7 @@ namespace oracle {
 struct Output { // all (batch, heads_q, seq_q, dim_v) or without the last dim, contiguous; rows at or past len_q are not written
   double *o, *lse, *peak;
   float *low;
+  unsigned long long *amax; // [2]: bits of non-negative doubles, which compare as integers do
 };
 
 constexpr int kThreads = 128, kMaxDim = 512, kDimsPerThread = kMaxDim / kThreads;
@@ -49,6 +51,7 @@ static __device__ double read(const void *p, int dtype, int64_t i) {
 }
 
 static __device__ float round_to(int dtype, float x) {
+  if (is_fp8(dtype)) return from_fp8(dtype, to_fp8(dtype, x));
   if (dtype == FLASHCORE_F16) return __half2float(__float2half_rn(x));
   if (dtype == FLASHCORE_BF16) return __bfloat162float(__float2bfloat16_rn(x));
   return x;
@@ -257,6 +260,17 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
   s.l_low = (float)over_block((double)l_low, scratch, [](double x, double y) { return (double)((float)x + (float)y); });
 }
 
+/* What fp8 can hold of x, before it is rounded. */
+static __device__ double saturate(int dtype, double x) {
+  if (!is_fp8(dtype)) return x;
+  const double largest = dtype == FLASHCORE_E4M3 ? 448 : 57344;
+  return x > largest ? largest : x < -largest ? -largest : x;
+}
+
+static __device__ void raise(unsigned long long *largest, double x) {
+  if (isfinite(x)) atomicMax(largest, (unsigned long long)__double_as_longlong(fabs(x)));
+}
+
 /* The sink joins the denominator; an empty row without one has O = 0, LSE = -inf. */
 static __device__ void write_row(const flashcore_attention &a, const Row &r, int64_t index, const Sums &s, const Output &out) {
   double l = s.l, lse_max = s.m, factor = 1;
@@ -271,12 +285,16 @@ static __device__ void write_row(const flashcore_attention &a, const Row &r, int
     l_low = s.l_low * factor_low + exp2f((sink_low - m_low) * kLog2e);
   }
   const int dtype_o = output_dtype(a.dtype, a.dtype_o);
-  const double v_scale = descale(a.v_descale, r.b, r.h / (a.heads_q / a.heads_kv));
+  const double v_scale = descale(a.v_descale, r.b, r.h / (a.heads_q / a.heads_kv)), o_scale = 1 / descale(a.o_descale, r.b, r.h);
   for (int n = 0; n < kDimsPerThread; ++n) {
     const int d = threadIdx.x + n * kThreads;
     if (d >= a.dim_v) break;
-    out.o[index * a.dim_v + d] = l == 0 ? 0 : s.o[n] * factor / l * v_scale;
-    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, s.o_low[n] * factor_low / l_low * (float)v_scale);
+    const double o = l == 0 ? 0 : s.o[n] * factor / l * v_scale;
+    const float low = l_low == 0 ? 0 : s.o_low[n] * factor_low / l_low * (float)v_scale;
+    out.o[index * a.dim_v + d] = l == 0 ? 0 : saturate(dtype_o, o * o_scale);
+    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, low * (float)o_scale);
+    raise(&out.amax[0], o);
+    raise(&out.amax[1], low - o);
   }
   if (threadIdx.x > 0) return;
   const float m_low = a.sink ? fmaxf(s.m_low, a.sink[r.h]) : s.m_low;
@@ -301,6 +319,8 @@ static __global__ void rows(const __grid_constant__ flashcore_attention a, Outpu
 /* Everything the host must know: a descriptor as the caller filled it (not resolved), output arrays, the default stream. */
 inline cudaError_t run(const flashcore_attention &a, const Output &out) {
   const int64_t rows_total = (int64_t)a.batch * a.heads_q * a.seq_q;
+  const cudaError_t cleared = cudaMemsetAsync(out.amax, 0, 2 * sizeof *out.amax);
+  if (cleared != cudaSuccess) return cleared;
   rows<<<(unsigned)rows_total, kThreads>>>(a, out);
   return cudaGetLastError();
 }

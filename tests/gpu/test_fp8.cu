@@ -144,6 +144,8 @@ static const Option kOptions[] = {
     {"descale", [](Case &c) { c.descale = 1; }},
     {"descale_per_head", [](Case &c) { c.descale = 2; }},
     {"output_f16", [](Case &c) { c.dtype_o = FLASHCORE_F16; }},
+    {"output_e4m3", [](Case &c) { c.dtype_o = FLASHCORE_E4M3; }},
+    {"output_e5m2", [](Case &c) { c.dtype_o = FLASHCORE_E5M2, c.amax = 1; }},
     {"pages", [](Case &c) { c.page = 16; }},
     {"splits", [](Case &c) { c.splits = 3; }},
     {"output_f32", [](Case &c) { c.dtype_o = FLASHCORE_F32; }},
@@ -179,6 +181,46 @@ static void test_options() {
       lengths.push_back(c);
     }
   check("device_lengths_empty_full_and_out_of_range", lengths);
+}
+
+/* O in fp8, with its amax: on every tile, stored whole or in part, with lengths, masks and descales that saturate some of it. */
+static void test_outputs() {
+  std::vector<Case> cases, hostile, layouts, heads;
+  const int lengths[][2] = {{1, 300}, {63, 65}, {139, 281}, {200, 67}, {77, 1057}, {129, 2113}, {65, 8209}};
+  const int bits[] = {0, SEQLENS_Q | SEQLENS_KV, CU_SEQLENS_Q | CU_SEQLENS_KV, 0};
+  int turn = 0;
+  for (int dtype_o : kTypes)
+    for (int dim : {16, 48, 64, 80, 128, 144, 256})
+      for (const auto &p : lengths) {
+        Case c = sized(kTypes[turn % 2], 2, 4, 2, p[0], p[1], dim);
+        c.dtype_o = dtype_o, c.amax = turn % 5 > 0, c.descale = turn % 4, c.causal = turn / 2 % 3, c.lengths = bits[turn / 3 % 4];
+        if (turn % 6 == 0) c.softcap = 5.f;
+        if (turn % 5 == 2) c.dim_v = 272 - dim;
+        ++turn;
+        cases.push_back(c);
+      }
+  check("fp8_outputs", cases);
+  for (int data = 0; data < DATA_COUNT; ++data)
+    for (int dim : kDims) {
+      Case c = sized(kTypes[(data + dim / 64) % 2], 1, 2, 1, 150, 777, dim);
+      c.data = data, c.causal = data % 2, c.dtype_o = kTypes[(data + dim / 128) % 2], c.amax = 1;
+      if (data == DATA_NORMAL || data == DATA_LAST || data == DATA_FIRST) c.descale = 1 + data % 2; // descales of Q and K move logits
+      hostile.push_back(c);
+    }
+  check("fp8_outputs_of_hostile_data", hostile);
+  for (int layout : {(int)LAYOUT_BHSD, (int)LAYOUT_PACKED, (int)LAYOUT_HEAD0, (int)LAYOUT_PADDED, (int)LAYOUT_SLICE})
+    for (int dim : kDims) {
+      Case c = sized(kTypes[layout % 2], 2, 4, 2, 150, 150, dim);
+      c.layout = layout, c.dtype_o = kTypes[(layout + dim / 64) % 2], c.amax = 1, c.descale = 2;
+      layouts.push_back(c);
+    }
+  check("fp8_outputs_in_layouts", layouts);
+  for (int dim : kDims) {
+    Case c = sized(FLASHCORE_E4M3, 40, 4, 4, 600, 300, dim);
+    c.lengths = SEQLENS_Q | SEQLENS_KV, c.causal = dim / 64 % 3, c.descale = 2, c.dtype_o = FLASHCORE_E4M3, c.amax = 1;
+    heads.push_back(c);
+  }
+  check("fp8_outputs_of_many_heads", heads);
 }
 
 static void test_data() {
@@ -440,6 +482,7 @@ int main(int argc, char **argv) {
 #if defined(FLASHCORE_FP8_FAST)
   error_factor() = 2.4; // what the mode promises for peaked rows
 #endif
-  for (auto group : {test_quantisers, test_widening, test_shapes, test_accuracy, test_options, test_data, test_many, test_reruns}) group();
+  for (auto group : {test_quantisers, test_widening, test_shapes, test_accuracy, test_options, test_outputs, test_data, test_many, test_reruns})
+    group();
   return report().finish();
 }
