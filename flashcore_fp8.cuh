@@ -1833,14 +1833,11 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   /* ---- the loop ---- */
 
   /* O is complete but for its older part: to memory. */
-  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, float v_scale) {
+  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w) {
     base::release_v(at);
     if (has_older)
 #pragma unroll
       for (int first = 0; first < kTilesO; first += kBatch) add_kept(first);
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (inverse[h] != 0.f) inverse[h] *= v_scale; /* a row without keys is 0, whatever the scale */
     if (a.dtype_o == FLASHCORE_F16) store<__half>(a, w);
     else store<__nv_bfloat16>(a, w);
   }
@@ -1861,7 +1858,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     if (ending) base::wait_v(at);
     gemm_pv();
     pass(kProductTurns);
-    if (ending) base::finish(a, plan, last);
+    if (ending) base::finish(a, plan, last, block8.scales[(tile + 1) % 2].v);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<1>();
       base::take_s();
@@ -1869,7 +1866,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     }
     wgmma_wait<0>();
     wgmma_pin(o);
-    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2].v);
+    if (ending) end_tile(a, last);
     if (!Tile::kOverlapsTiles) {
       if (starting) first = base::start_tile(a, next.tile, skip);
       gemm_qk(first);

@@ -1130,7 +1130,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       if (ending) wait_v(at);
       gemm_pv(accumulate);
     }
-    if (ending) finish(a, plan, last);
+    if (ending) finish(a, plan, last, Tile::kScaled ? last.v_scale : 1.f);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<kPvFirst ? 0 : 1>();
       take_s();
@@ -1226,15 +1226,15 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* ---- the end of a tile ---- */
 
-  /* Row sums over the quad, sink, LSE; `inverse`. */
-  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
+  /* Row sums over the quad, sink, LSE; `inverse`, times V's descale. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, float v_scale) {
     const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])};
     float lse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sink = a.sink ? a.sink[w.tile.head + plan.head_of(row_of(w, h))] : 0.f;
       inverse[h] = softmax_finish({sum[h] == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum[h]}, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]);
-      if (Tile::kScaled && sum[h] != 0.f) inverse[h] *= w.v_scale; /* a row without keys is 0, whatever the scale */
+      if (sum[h] != 0.f) inverse[h] *= v_scale; /* a row without keys is 0, whatever the scale */
     }
     const int row = lane() / 4;
     float *const dst = a.lse + w.lse + plan.query_of(row) + (int64_t)plan.head_of(row) * a.seq_q;
