@@ -1835,22 +1835,17 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   /* ---- the loop ---- */
 
   /* O is complete but for its older part: to memory. */
-  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, const qgmma_scales &scales) {
+  __forceinline__ __device__ void end_tile(const flashcore_attention &a, const wgmma_walk &w, float o_scale) {
     base::release_v(at);
     if (has_older)
 #pragma unroll
       for (int first = 0; first < kTilesO; first += kBatch) add_kept(first);
-    const bool has_keys[2] = {inverse[0] != 0.f, inverse[1] != 0.f}; /* a row without is 0, whatever the scales */
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      if (has_keys[h]) inverse[h] *= scales.v;
     if (a.dtype_o == FLASHCORE_F16) store<__half>(a, w);
     else if (a.dtype_o == FLASHCORE_BF16) store<__nv_bfloat16>(a, w);
     else {
-      const float unit[2] = {has_keys[0] ? scales.o : 1.f, has_keys[1] ? scales.o : 1.f};
       if (a.o_amax) raise_amax(a, w);
-      if (a.dtype_o == FLASHCORE_E4M3) store_fp8<e4m3>(a, w, unit);
-      else store_fp8<e5m2>(a, w, unit);
+      if (a.dtype_o == FLASHCORE_E4M3) store_fp8<e4m3>(a, w, o_scale);
+      else store_fp8<e5m2>(a, w, o_scale);
     }
   }
   /* See wgmma_warp::change_tiles. tile: the number of the one to start. */
@@ -1870,7 +1865,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     if (ending) base::wait_v(at);
     gemm_pv();
     pass(kProductTurns);
-    if (ending) base::finish(a, plan, last);
+    if (ending) base::finish(a, plan, last, block8.scales[(tile + 1) % 2].v);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<1>();
       base::take_s();
@@ -1878,7 +1873,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     }
     wgmma_wait<0>();
     wgmma_pin(o);
-    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2]);
+    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2].o);
     if (!Tile::kOverlapsTiles) {
       if (starting) first = base::start_tile(a, next.tile, skip);
       gemm_qk(first);
@@ -1978,15 +1973,16 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
       }
     }
   }
-  /* The same in fp8, times `unit`: lane t has word t of each 16 dims, and of every four such chunks it gets the words of chunk t. */
-  template <typename F8> __forceinline__ __device__ void store_fp8(const flashcore_attention &a, const wgmma_walk &w, const float (&unit)[2]) const {
+  /* The same in fp8, times o_scale: lane t has word t of each 16 dims, and of every four such chunks it gets the words of chunk t. */
+  template <typename F8> __forceinline__ __device__ void store_fp8(const flashcore_attention &a, const wgmma_walk &w, float o_scale) const {
     const int column = lane() % 4 * 16, rows = w.tile.len_q - w.row - lane() / 4;
     uint8_t *const out = static_cast<uint8_t *>(a.o.data) + w.o + lane() / 4 * a.o.stride_s + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint8_t *const dst = out + 8 * h * a.o.stride_s;
       const int dims = 8 * h < rows ? a.dim_v - column : 0;
-      const auto stored = [&](int n, int x) { return o[n][2 * h + x] * inverse[h] * unit[h]; };
+      const float unit = inverse[h] != 0.f ? o_scale : 1.f; /* a row without keys is 0, whatever the scale */
+      const auto stored = [&](int n, int x) { return o[n][2 * h + x] * inverse[h] * unit; };
 #pragma unroll
       for (int n = 0; n < kTilesO; n += 8) {
         uint32_t x[4];

@@ -804,8 +804,10 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
   using tile_row = swizzled_tile<128>;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = kBlockKv / 8, kTilesO = Tile::kHeadDimV / 8, kDepthQk = Tile::kHeadDimQk / 16;
   /* A reference is put above the row's maximum by a headroom, so that it seldom has to move. f16 has no exponents to spend on that: its terms are
-   * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows. */
-  static constexpr float kHeadroom = element<V>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f, kLimit = 15.f, kSumLimit = 32768.f; /* 2^kLimit */
+   * multiples of 2^-24, which beside a maximum of less than 1 would round a background of many keys away. Up to 2^kLimit no term overflows.
+   * WHY 6 beside fp8 values: these are numbers of f16, so that O should be, too, where one key has all the weight; sooner there, m becomes its logit. */
+  static constexpr float kHeadroom = element<V>::kDtype == FLASHCORE_BF16 ? 7.f : 0.f;
+  static constexpr float kLimit = Tile::kScaled ? 6.f : 15.f, kSumLimit = Tile::kScaled ? 64.f : 32768.f; /* 2^kLimit */
   static constexpr float kLargeReference = 16384.f; /* its last bit is 2^-10: more than the rounding of a term to f16 */
   static constexpr int kWaryBlocks = 8;             /* so many blocks after a sum was too large, maxima are looked at first */
 
@@ -1128,7 +1130,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       if (ending) wait_v(at);
       gemm_pv(accumulate);
     }
-    if (ending) finish(a, plan, last);
+    if (ending) finish(a, plan, last, Tile::kScaled ? last.v_scale : 1.f);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<kPvFirst ? 0 : 1>();
       take_s();
@@ -1224,14 +1226,15 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* ---- the end of a tile ---- */
 
-  /* Row sums over the quad, sink, LSE; `inverse`. */
-  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
+  /* Row sums over the quad, sink, LSE; `inverse`, times V's descale. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, float v_scale) {
     const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])};
     float lse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float sink = a.sink ? a.sink[w.tile.head + plan.head_of(row_of(w, h))] : 0.f;
       inverse[h] = softmax_finish({sum[h] == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum[h]}, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]);
+      if (sum[h] != 0.f) inverse[h] *= v_scale; /* a row without keys is 0, whatever the scale */
     }
     const int row = lane() / 4;
     float *const dst = a.lse + w.lse + plan.query_of(row) + (int64_t)plan.head_of(row) * a.seq_q;
@@ -1246,7 +1249,6 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
   /* O of live rows and dims. The lanes of a quad trade words, so that each has 8 dims in a row: of four column tiles, lane t gets tile t. */
   __forceinline__ __device__ void store(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w) {
     const int column = lane() % 4 * 8, row = lane() / 4, rows = w.tile.rows - w.row - row; /* to come, this lane's first included */
-    if constexpr (Tile::kScaled) inverse[0] *= w.v_scale, inverse[1] *= w.v_scale;
     const int64_t first = w.o + plan.query_of(row) * a.o.stride_s + plan.head_of(row) * a.o.stride_h + column;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
