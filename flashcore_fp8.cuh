@@ -54,7 +54,6 @@
  *   raw_free[st]          1 per transposing warp     the producer        (i & 1) ^ 1         it was read
  *   v_full[st]            1 per transposing warp     all consumer warps  i & 1               a block of V is there, transposed
  *   v_free[st]            1 per consumer warp        the transposers     (i & 1) ^ 1         it was read
- *   kTurnBarrier + ...    256, or 64 (qgmma_turns)   the next group      -                   what is done in turn
  * Beside 16-bit Q, three warps widen K and V (wgmma_kv8_converter):
  *   k_full, v_full[st]    1 per batch of rows        all consumer warps  i & 1               a block of K or V is there, widened
  *   k_free, v_free[st]    1 per consumer warp        the converters      (i & 1) ^ 1         it was read                                      */
@@ -1316,19 +1315,10 @@ template <> __forceinline__ __device__ void mma_m16n8k16<e5m2>(float (&d)[4], co
  * 8  wgmma: one struct describes one kernel
  * ================================================================================================================================ */
 
-enum qgmma_barrier { kTurnBarrier = 4 }; /* first of one per warpgroup, or of 4 */
-
 /* How much is spent on accuracy.
  *   accurate   a row's reference is its maximum so far, so that its largest p is exactly 2^8; O is added up in f32 after every 512 keys
  *   fast       the reference stays where the first block has put it while no term gets too large for e4m3; O: after every 1024 keys */
 enum qgmma_mode { kAccurate, kFast };
-
-/* What consumers take in turn, so that one uses a unit of the SM while another waits for the tensor cores (figures: H200, CUDA 13.0).
- *   products   warpgroups issue theirs one after the other: up to 4 % faster than without in the accurate mode at dim 64; 20 % slower in the fast mode,
- *              where rows are short and causal
- *   terms      of the warps that share a quarter of the SM, one exponentiates at a time: up to 5 % faster than products in the accurate mode, 10 % than
- *              nothing in the fast one, where two groups take turns; slower with more */
-enum qgmma_turns { kNoTurns, kProductTurns, kTermTurns };
 
 /* T: e4m3 or e5m2; kHeadDim: of Q, K and V, smaller ones are zero-padded to it; the others as in wgmma_tile
  * kRawStages: blocks of V as it came, before it is transposed
@@ -1336,7 +1326,7 @@ enum qgmma_turns { kNoTurns, kProductTurns, kTermTurns };
  * kExact: S is added up in f32 after every 32 dims. The LSE of large logits would show the bits that the tensor cores drop; O, whose P has four, does
  *         not */
 template <typename T_, qgmma_mode kMode_, int kHeadDim_, int kGroups_, int kBlockKv_, int kStages_, int kRawStages_, wgmma_q kQ_, typename Kept_,
-          qgmma_turns kTurns_, bool kExact_ = false>
+          wgmma_turns kTurns_, bool kExact_ = false>
 struct qgmma_tile {
   using T = T_;
   using Kept = Kept_;
@@ -1348,7 +1338,7 @@ struct qgmma_tile {
   static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kMode == kFast;
   static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
   static constexpr int kTransposers = 3;
-  static constexpr qgmma_turns kTurns = kTurns_;
+  static constexpr wgmma_turns kTurns = kTurns_;
   static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
   static constexpr int kPromoteBlocks = (kMode == kAccurate ? 512 : 1024) / kBlockKv;
 
@@ -1367,7 +1357,6 @@ struct qgmma_tile {
 
   static_assert(kHeadDim_ % 64 == 0 && kBlockKv % 32 == 0, "whole swizzled rows of V transposed");
   static_assert(kGroups >= 2 && kGroups <= 4, "registers are shared out for these");
-  static_assert(kTurns != kTermTurns || kTurnBarrier + 4 * kGroups <= 16, "an SM has 16 named barriers");
   static_assert(kPromoteBlocks >= 1, "O is added up after whole blocks");
   static_assert(kStages > ((kGroups - 1) * 64 + kBlockKv - 1) / kBlockKv && kStages >= 2, "more stages than blocks that a group skips");
   static_assert(kProducerRegisters * 128 + kConsumerRegisters * kGroups * 128 <= 65536, "registers of an SM");
@@ -1389,16 +1378,16 @@ template <typename T, qgmma_mode kMode, int kHeadDim, qgmma_shape kShape> struct
 /*                   mode, dim, shape         groups, keys, stages, raw stages, Q, kept, turns, exact; the last two shapes serve both modes */
 FLASHCORE_QGMMA_TILE(kAccurate, 64, kWideFp8, 3, 128, 3, 2, kQFragments, float, kProductTurns);
 FLASHCORE_QGMMA_TILE(kAccurate, 64, kShortFp8, 4, 64, 4, 2, kQTwice, float, kProductTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kExactFp8, 2, 64, 4, 2, kQFragments, float, kProductTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kProductTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kExactFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
 FLASHCORE_QGMMA_TILE(kAccurate, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float, kTermTurns);
 FLASHCORE_QGMMA_TILE(kAccurate, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kExactFp8, 2, 64, 4, 2, kQFragments, float, kProductTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kProductTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kExactFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
 FLASHCORE_QGMMA_TILE(kAccurate, 256, kWideFp8, 2, 96, 2, 1, kQOnce, __half, kTermTurns);
 FLASHCORE_QGMMA_TILE(kAccurate, 256, kShortFp8, 2, 64, 2, 2, kQOnce, __half, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kExactFp8, 2, 32, 3, 2, kQOnce, __half, kProductTurns, true); /* more keys have no registers */
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kGeneralFp8, 2, 32, 3, 2, kQOnce, __half, kProductTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kExactFp8, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true); /* more keys have no registers */
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kGeneralFp8, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true);
 FLASHCORE_QGMMA_TILE(kFast, 64, kWideFp8, 4, 64, 4, 2, kQTwice, float, kNoTurns);
 FLASHCORE_QGMMA_TILE(kFast, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float, kTermTurns);
 FLASHCORE_QGMMA_TILE(kFast, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half, kNoTurns);
@@ -1699,21 +1688,6 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     has_older = true;
     in_o = 0;
   }
-  /* What the tile takes in turn is done between these two.   callers  a warpgroup, or (terms) each of its warps, converged */
-  static __forceinline__ __device__ int turn_barrier(int group) {
-    return kTurnBarrier + (Tile::kTurns == kTermTurns ? (int)threadIdx.x / 32 % 4 * Tile::kGroups : 0) + group;
-  }
-  static constexpr int kTurnThreads = Tile::kTurns == kTermTurns ? 64 : 256; /* who waits and who was before */
-  __forceinline__ __device__ void turn(qgmma_turns what) const {
-    if (Tile::kTurns == what) barrier_sync(turn_barrier(wg), kTurnThreads);
-  }
-  __forceinline__ __device__ void pass(qgmma_turns what) const {
-    if (Tile::kTurns == what) barrier_arrive(turn_barrier(wg + 1 == Tile::kGroups ? 0 : wg + 1), kTurnThreads);
-  }
-  /* Blocks that only other groups work on are turns, too. */
-  __forceinline__ __device__ void skip_turns(int skip) const {
-    for (; Tile::kTurns != kNoTurns && skip > 0; --skip) turn(Tile::kTurns), pass(Tile::kTurns);
-  }
   __forceinline__ __device__ void rescale_all() {
     base::rescale();
     older[0] *= factor[0], older[1] *= factor[1];
@@ -1815,9 +1789,9 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
       m[h] = fmaxf(reference(peak[h], scales.log2), FLASHCORE_EMPTY_MAX);
     }
     unusual = base::has_unusual_reference();
-    turn(kTermTurns);
+    base::turn(kTermTurns);
     exponentiate_any(l, scales.log2);
-    pass(kTermTurns);
+    base::pass(kTermTurns);
   }
   /* p from s: four column tiles are one k step, in the order of keys that the transposer gives V.
    *   s[4k + n][2h + e], lane (g, t), is key 8n + 2t + e of the step; a[2i + h] holds bytes s[4k + 2i][2h], [2h + 1], s[4k + 2i + 1][2h], [2h + 1] */
@@ -1856,15 +1830,15 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     ring first = at;
     if (in_o == Tile::kPromoteBlocks) promote();
     if (Tile::kOverlapsTiles && starting) first = base::start_tile(a, next.tile, skip);
-    if (starting) skip_turns(skip);
-    turn(kProductTurns);
+    if (starting) base::skip_turns(skip);
+    base::turn(kProductTurns);
     if (Tile::kOverlapsTiles) {
       gemm_qk(first);
       if (Tile::kQHeld && starting) base::release_q();
     }
     if (ending) base::wait_v(at);
     gemm_pv();
-    pass(kProductTurns);
+    base::pass(kProductTurns);
     if (ending) base::finish(a, plan, last, block8.scales[(tile + 1) % 2].v);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<1>();
@@ -1892,7 +1866,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
 
   /* All tiles of the block.   callers  all warps of the consumer warpgroups */
   __forceinline__ __device__ void consume(const flashcore_attention &a, const wgmma_schedule &plan) {
-    if (wg == Tile::kGroups - 1 && Tile::kTurns != kNoTurns) pass(Tile::kTurns);
+    base::start_turns();
     for (int tile = 0;; ++tile) {
       const wgmma_walk &w = base::block.walks[tile % 2][threadIdx.x / 32 - 4], &before = base::block.walks[(tile + 1) % 2][threadIdx.x / 32 - 4];
       mbarrier_wait(base::barriers().work_full(tile), tile / 2 & 1);
@@ -1909,12 +1883,12 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
       for (int left = blocks - 1; left > 0; --left) { /* blocks: the next is begin + left - 1 */
         const ring next = at.next();
         if (in_o == Tile::kPromoteBlocks) promote(); /* WHY here: s is not in use, so many loads can be in flight */
-        turn(kProductTurns);
+        base::turn(kProductTurns);
         base::wait_k(next);
         gemm_qk(next);
         base::wait_v(at);
         gemm_pv();
-        pass(kProductTurns);
+        base::pass(kProductTurns);
         wgmma_wait<1>();
         base::take_s();
         if (!kTrustsSums) base::release_k(next);
@@ -1922,9 +1896,9 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
         const bool edge = left <= last_edges || blocks - left < first_edges, blind = kTrustsSums && !edge && !unusual && wary == 0;
         bool moved = !blind && look_at_block(a, plan, w, j, edge, scales);
         float sum[2];
-        turn(kTermTurns);
+        base::turn(kTermTurns);
         exponentiate_any(sum, scales.log2);
-        pass(kTermTurns);
+        base::pass(kTermTurns);
         wgmma_wait<0>();
         wgmma_pin(o);
         base::release_v(at);
@@ -2102,12 +2076,10 @@ FLASHCORE_KV8_TILE(128, kGeneralTile, 4, wgmma_tile_for<T, 128, 128, kGeneralTil
 FLASHCORE_KV8_TILE(256, kWideTile, 2, wgmma_tile_for<T, 256, 256, kExactTile>); /* its LSE is right, and without it is hardly faster */
 FLASHCORE_KV8_TILE(256, kGeneralTile, 2, wgmma_tile_for<T, 256, 256, kGeneralTile>);
 
-#if !defined(FLASHCORE_KV8_VALUES_AS_Q)
 /* V and P are f16 beside bf16 Q, too. WHY: to bf16, widening takes twice as many instructions. */
 template <typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_values<wgmma_kv8_tile_for<__nv_bfloat16, F8, kHeadDim, kShape>> {
   using type = __half;
 };
-#endif
 
 #if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
 
@@ -2754,6 +2726,7 @@ static flashcore_status flashcore_kv8_plan(const flashcore_attention *a, const f
                             (long long)most, (long long)tiles);
   d->backend = FLASHCORE_BACKEND_QGMMA;
   d->splits = 1;
+  plan->is_slow = (int64_t)a->seq_q * (a->heads_q / a->heads_kv) <= 16; /* decoding: qmma shares out the keys of so few rows to its warps */
   plan->param[FLASHCORE_KV8_COPY] = copy;
   plan->param[FLASHCORE_KV8_GENERAL] = general;
   d->grid = tiles * units < device->sm_count ? tiles * units : device->sm_count;
@@ -2833,9 +2806,9 @@ template <typename T, int kHeadDim> static void flashcore_qgmma_pick(const flash
   if (general) return flashcore_qgmma_use<T, kHeadDim, kGeneralFp8>(plan);
   if (a->lse) return flashcore_qgmma_use<T, kHeadDim, kExactFp8>(plan);
   if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kLongFp8>>::value)
-    if (a->seq_kv >= (FLASHCORE_FP8_MODE == kFast ? 2048 : 8192)) return flashcore_qgmma_use<T, kHeadDim, kLongFp8>(plan);
+    if (a->seq_kv >= 8192) return flashcore_qgmma_use<T, kHeadDim, kLongFp8>(plan);
   if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kShortFp8>>::value)
-    if (a->seq_kv < 768) return flashcore_qgmma_use<T, kHeadDim, kShortFp8>(plan);
+    if (a->seq_kv < (kHeadDim == 64 ? 3072 : FLASHCORE_FP8_MODE == kFast ? 768 : 1536)) return flashcore_qgmma_use<T, kHeadDim, kShortFp8>(plan);
   flashcore_qgmma_use<T, kHeadDim, kWideFp8>(plan);
 }
 /* The smallest instance that holds both dims, at most 256. */
