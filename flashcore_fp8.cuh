@@ -1331,7 +1331,7 @@ struct qgmma_tile {
   using T = T_;
   using Kept = Kept_;
   static constexpr qgmma_mode kMode = kMode_;
-  static constexpr bool kExact = kExact_;
+  static constexpr bool kExact = kExact_, kScaled = false; /* its factors are in qgmma_scales */
   /* Q and K in pairs. Rows have 128 bytes at dim 64 too: half of them are zeros that cost no memory traffic, and every tile is swizzled alike. */
   static constexpr int kHeadDimQk = kHeadDim_ / 2, kHeadDimV = kHeadDim_;
   static constexpr int kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_, kRawStages = kRawStages_, kParts = 1;
