@@ -35,10 +35,11 @@ static void keys_and_dims_choose_the_tile() {
     bool rule, lse;
     const char *kernel;
   } cases[] = {
-      {512, 64, false, false, "qgmma e4m3 d64 q192 kv128 accurate"},         {512, 16, true, false, "qgmma e4m3 d64 q128 kv64 accurate general"},
-      {2048, 128, false, false, "qgmma e4m3 d128 q128 kv128 accurate"},      {8192, 80, false, false, "qgmma e4m3 d128 q192 kv96 accurate"},
-      {8192, 80, false, true, "qgmma e4m3 d128 q128 kv64 accurate exact"},   {512, 256, false, false, "qgmma e4m3 d256 q128 kv64 accurate"},
-      {1024, 144, false, false, "qgmma e4m3 d256 q128 kv96 accurate"},       {1024, 256, false, true, "qgmma e4m3 d256 q128 kv32 accurate exact"},
+      {512, 64, false, false, "qgmma e4m3 d64 q256 kv64 accurate"},          {4096, 64, false, false, "qgmma e4m3 d64 q192 kv128 accurate"},
+      {512, 16, true, false, "qgmma e4m3 d64 q128 kv64 accurate general"},   {2048, 128, false, false, "qgmma e4m3 d128 q128 kv128 accurate"},
+      {8192, 80, false, false, "qgmma e4m3 d128 q192 kv96 accurate"},        {8192, 80, false, true, "qgmma e4m3 d128 q128 kv64 accurate exact"},
+      {512, 256, false, false, "qgmma e4m3 d256 q128 kv64 accurate"},        {1024, 144, false, false, "qgmma e4m3 d256 q128 kv64 accurate"},
+      {2048, 144, false, false, "qgmma e4m3 d256 q128 kv96 accurate"},       {1024, 256, false, true, "qgmma e4m3 d256 q128 kv32 accurate exact"},
       {1024, 256, true, true, "qgmma e4m3 d256 q128 kv32 accurate general"},
   };
   for (const auto &x : cases) {
@@ -96,6 +97,7 @@ static void options_and_dims_choose_the_kernel_of_a_cache() {
     flashcore_error error = {};
     x.change(a);
     CHECK(plan_on(90, a, FLASHCORE_BACKEND_QGMMA, &plan, &error) == FLASHCORE_OK);
+    CHECK(plan.is_slow == (x.seq_q == 1)); /* few rows: AUTO goes on to qmma */
     if (!CHECK(!strcmp(plan.d.kernel, x.kernel) && plan.d.packed_group == x.packed))
       printf("  %s: %s, %d packed, not %s, %d %s\n", x.what, plan.d.kernel, (int)plan.d.packed_group, x.kernel, x.packed, error.message);
   }
