@@ -1505,6 +1505,7 @@ FLASHCORE_DEVICE void qgmma_produce(const flashcore_attention &a, const wgmma_sc
 template <typename Tile> struct qgmma_transposer {
   static constexpr int kRowV = Tile::kRowV, kPieces = Tile::kHeadDimV < 128 ? Tile::kHeadDimV / 32 : 4; /* of 32 dims in an item */
   static constexpr int kColumns = Tile::kHeadDimV / (32 * kPieces), kItems = Tile::kBlockKv / 16 * kColumns, kStep = Tile::kTransposers;
+  static_assert(Tile::kHeadDimV % (32 * kPieces) == 0 && Tile::kBlockKv % 16 == 0 && kItems >= kStep, "whole items, at least one for each warp");
   uint32_t from[kPieces]; /* this lane's offsets in an item */
   int lane;
 

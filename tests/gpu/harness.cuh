@@ -499,6 +499,12 @@ inline double &error_factor() {
   return factor;
 }
 
+/* What an fp8 kernel stores a row's largest weight as. */
+inline float &largest_weight() {
+  static float largest = 256;
+  return largest;
+}
+
 inline int kv_dtype(const Case &c) { return c.dtype_kv ? c.dtype_kv : c.dtype; }
 
 /* What the backends promise to take: a refusal of these is a failure, so that "everything was refused" cannot pass. */
@@ -806,6 +812,7 @@ private:
     ref.lse = add<double>(others, rows);
     ref.peak = add<double>(others, rows);
     ref.amax = add<unsigned long long>(others, 2);
+    ref.largest_p = largest_weight();
   }
 
   void add_rules() {

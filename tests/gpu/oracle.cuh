@@ -8,7 +8,7 @@
  *   lse    ref64, in the base that the descriptor asks for
  *   peak   the largest |logit| of the row
  *   low    "lowref": logits and l in fp32 (fp8 Q: products added up as the tensor cores do it, those with V in fp32 after every 512 keys), exact row
- *          maximum, P rounded to the type of Q (fp8: to e4m3, its maximum as 2^8), O summed in fp32 and
+ *          maximum, P rounded to the type of Q (fp8: to e4m3, its maximum as largest_p), O summed in fp32 and
  *          rounded to the output type; the maximum is subtracted before log2(e) is multiplied in, so the largest term is 1 however large the logits
  *          are
  *   amax   over all live rows, in O's own units: the largest finite |O|, and the largest error of lowref before it is rounded */
@@ -28,6 +28,7 @@ struct Output { // all (batch, heads_q, seq_q, dim_v) or without the last dim, c
   double *o, *lse, *peak;
   float *low;
   unsigned long long *amax; // [2]: bits of non-negative doubles, which compare as integers do
+  float largest_p = 256;    // what fp8 kernels store a row's largest weight as: smaller ones are lost from 2^-10 on
 };
 
 constexpr int kThreads = 128, kMaxDim = 512, kDimsPerThread = kMaxDim / kThreads;
@@ -58,8 +59,8 @@ static __device__ float round_to(int dtype, float x) {
 }
 
 /* A weight, at most 1, as a kernel gives it to the tensor cores. */
-static __device__ float round_weight(int dtype, float x) {
-  return is_fp8(dtype) ? from_fp8(FLASHCORE_E4M3, to_fp8(FLASHCORE_E4M3, 256.f * x)) / 256.f : round_to(dtype, x);
+static __device__ float round_weight(int dtype, float x, float largest) {
+  return is_fp8(dtype) ? from_fp8(FLASHCORE_E4M3, to_fp8(FLASHCORE_E4M3, largest * x)) / largest : round_to(dtype, x);
 }
 
 static __device__ double descale(const flashcore_descale &d, int64_t b, int64_t h) {
@@ -221,7 +222,7 @@ static __device__ void row_maxima(const flashcore_attention &a, const Row &r, co
 }
 
 /* Second pass: 128 keys at a time, their weights into shared memory, then every thread adds up its output dims. */
-static __device__ void row_sums(const flashcore_attention &a, const Row &r, const double *q, double *scratch, Sums &s) {
+static __device__ void row_sums(const flashcore_attention &a, const Row &r, const double *q, float largest_p, double *scratch, Sums &s) {
   __shared__ double weight[kThreads];
   __shared__ float weight_low[kThreads];
   __shared__ int64_t value[kThreads];
@@ -236,7 +237,7 @@ static __device__ void row_sums(const flashcore_attention &a, const Row &r, cons
     l += p;
     l_low += p_low;
     weight[threadIdx.x] = p;
-    weight_low[threadIdx.x] = round_weight(a.dtype, p_low);
+    weight_low[threadIdx.x] = round_weight(a.dtype, p_low, largest_p);
     value[threadIdx.x] = hidden ? kMissing : key_address(a, a.v, r, j);
     __syncthreads();
     for (int n = 0; n < kDimsPerThread; ++n) {
@@ -312,7 +313,7 @@ static __global__ void rows(const __grid_constant__ flashcore_attention a, Outpu
   __syncthreads();
   Sums s = {};
   row_maxima(a, r, q, scratch, s);
-  row_sums(a, r, q, scratch, s);
+  row_sums(a, r, q, out.largest_p, scratch, s);
   write_row(a, r, index, s, out);
 }
 
