@@ -597,7 +597,7 @@ public:
     size_t bytes = 0;
     const flashcore_status sized = workspace_size(&bytes, &size_error);
     if (sized == FLASHCORE_OK) provide_workspace(bytes);
-    if (a.o_amax) CUDA_OK(cudaMemsetAsync(a.o_amax, 0, sizeof *a.o_amax, stream));
+    if (amax_memory) CUDA_OK(cudaMemsetAsync(amax_memory->data<float>(), 0, sizeof(float), stream));
     const cudaError_t before = cudaPeekAtLastError();
     const flashcore_status said = supported(&error);
     const flashcore_status did = forward(stream, &error2);
@@ -691,14 +691,14 @@ public:
   /* What o_amax was raised to, 0 where there is none; it is poison from then on. */
   float take_amax() const {
     float x = 0;
-    if (!a.o_amax) return x;
-    CUDA_OK(cudaMemcpy(&x, a.o_amax, sizeof x, cudaMemcpyDeviceToHost));
+    if (!amax_memory) return x;
+    CUDA_OK(cudaMemcpy(&x, amax_memory->data<float>(), sizeof x, cudaMemcpyDeviceToHost));
     amax_memory->poison();
     return x;
   }
   /* The error rule, with what it allows a bf16 O for its rounding. */
   std::string judge_amax(float x) const {
-    if (!a.o_amax) return "";
+    if (!amax_memory) return "";
     unsigned long long expected[2];
     CUDA_OK(cudaMemcpy(expected, ref.amax, sizeof expected, cudaMemcpyDeviceToHost));
     const double amax = as_double(expected[0]), limit = error_factor() * 2 * as_double(expected[1]) + 0x1p-8 * amax;
