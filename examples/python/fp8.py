@@ -52,7 +52,7 @@ def speed(args):
                 lse = torch.empty(batch, heads, seq, device="cuda") if args.lse else None
                 ours = flashcore.Attention(*narrow, lse=lse, causal=causal)
                 error = race.sample_error(ours(), *(x.float() for x in narrow), causal)
-                us = race.race({"FlashCore": ours, "cuDNN": race.sdpa(*wide, causal, SDPBackend.CUDNN_ATTENTION)}, False, args.rounds)
+                us = race.race({"FlashCore": ours, "cuDNN": race.sdpa(*wide, causal, SDPBackend.CUDNN_ATTENTION)}, False, args.rounds, args.steady)
                 flop = 4.0 * batch * heads * seq * seq * dim * (0.5 if causal else 1.0)
                 ratio, want = us["cuDNN"] / us["FlashCore"], goal(dim, causal, seq)
                 ratios.append(ratio / want)
@@ -181,6 +181,7 @@ def main():
     parser.add_argument("--causal", choices=["no", "yes", "both"], default="both")
     parser.add_argument("--lse", action="store_true", help="the LSE too, for which S is added up in f32")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steady", action="store_true", help="each contender alone and hot, instead of in turn")
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--dtype", choices=race.DTYPES, default="bf16", help="of Q, with --mixed")
     parser.add_argument("--backend", default="auto", help="with --mixed")
