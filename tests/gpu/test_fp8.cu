@@ -444,7 +444,7 @@ static void test_quantisers() {
 
 /* wide: 256 elements of T. One block of 64 threads, each with four codes. */
 template <typename T, typename F8> static __global__ void widen_all(T *wide) {
-#if FLASHCORE_HAS_FP8_CVT
+#if FLASHCORE_HAS_SM90A
   const uint32_t first = 4 * threadIdx.x;
   uint32_t pairs[2];
   flashcore::fp8_widen<T, F8>(first | (first + 1) << 8 | (first + 2) << 16 | (first + 3) << 24, pairs);
@@ -469,8 +469,7 @@ template <typename T, typename F8> static void check_widening(const char *name) 
 }
 
 static void test_widening() {
-  if (!wanted("widening")) return;
-  if (device_arch() < 89) return;
+  if (!wanted("widening") || !present(FLASHCORE_BACKEND_QGMMA)) return;
   check_widening<__half, flashcore::e4m3>("widening_e4m3_to_f16_is_exact");
   check_widening<__half, flashcore::e5m2>("widening_e5m2_to_f16_is_exact");
   check_widening<__nv_bfloat16, flashcore::e4m3>("widening_e4m3_to_bf16_is_exact");

@@ -75,7 +75,8 @@ static void test_decoding() {
   for (int group : {1, 2, 4, 7, 8, 16})
     for (int seq_q : {1, 3, 8})
       for (int dim : kDims) {
-        Case c = mixed(turn++, 3, 2 * group, 2, seq_q, 1100 + turn, dim);
+        Case c = mixed(turn, 3, 2 * group, 2, seq_q, 1100 + turn, dim);
+        ++turn;
         c.causal = 1, c.lengths = turn % 3 ? SEQLENS_KV : 0, c.descale = 2;
         decoding.push_back(c);
         c.softcap = 20.f, c.sink = 1;
