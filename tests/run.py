@@ -687,7 +687,8 @@ def oldest_checks():
 # ---------------------------------------------------------------------------------------------------------------------------------
 
 
-KERNEL_STEPS = ("simt_", "merge_", "wmma_", "mma_", "wgmma_", "quantise_", "qmma_", "qgmma_")  # parts of one kernel, which compiles them wherever it is compiled
+# Parts of one kernel, which compiles them wherever it is compiled.
+KERNEL_STEPS = ("simt_", "merge_", "wmma_", "mma_", "wgmma_", "quantise_", "qmma_", "qgmma_")
 
 
 def device_functions():

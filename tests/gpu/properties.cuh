@@ -2,6 +2,8 @@
 #ifndef FLASHCORE_TESTS_PROPERTIES_CUH
 #define FLASHCORE_TESTS_PROPERTIES_CUH
 
+#include <functional>
+
 #include "harness.cuh"
 
 static bool quick = false;
@@ -38,6 +40,45 @@ struct Tally {
     else if (refused) printf("skip %s: all %d cases refused\n", name.c_str(), refused);
   }
 };
+
+/* One field or a few of a case, by name. */
+struct Option {
+  const char *name;
+  std::function<void(Case &)> set;
+};
+
+/* From now on without the LSE: other kernels serve those who do not want it. */
+inline void drop_lse(Problem &p) { p.c.lse = 0, p.a.lse = nullptr; }
+
+/* Every case on a backend, with the LSE and without, sharing the tensors and the oracle. */
+inline void check_with_and_without_lse(const std::string &name, int backend, const std::vector<Case> &cases) {
+  if (!wanted(name)) return;
+  Tally tally;
+  for (const Case &c : cases) {
+    Problem problem(c);
+    for (int turn = 0; turn < (c.lse ? 2 : 1); ++turn) {
+      if (turn == 1) drop_lse(problem);
+      const Outcome outcome = problem.run(backend);
+      tally.add(outcome, problem.reproduce_on(backend));
+    }
+  }
+  tally.tell(name);
+}
+
+/* The same launch again and again: every output must be the first, bit for bit. */
+inline void check_reruns(const std::string &name, Problem &p, int backend, int runs) {
+  unsigned long long first = 0;
+  std::string why;
+  for (int n = 0; n < runs && why.empty(); ++n) {
+    const Outcome outcome = p.launch(backend);
+    if (outcome.what != Outcome::PASSED) why = outcome.why;
+    p.wait();
+    const unsigned long long sum = p.output().inspect().sum;
+    if (n == 0) first = sum;
+    if (sum != first) why = format("run %d differs", n);
+  }
+  report().expect(name, why.empty(), why);
+}
 
 static Case sized(int dtype, int batch, int heads_q, int heads_kv, int seq_q, int seq_kv, int dim) {
   Case c;

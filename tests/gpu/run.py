@@ -23,7 +23,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "gpu"
 LIBRARY = ["library", "library_wgmma", "library_fp8"]
-PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_fp8", "test_fp8_fast", "test_mixed", "test_qmma", "test_sweep", "test_dispatch"]
+PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "test_fp8", "test_fp8_fast", "test_mixed", "test_qmma", "test_sweep",
+            "test_dispatch"]
 STANDALONE = ["test_qmma"]  # hold what they need of the library themselves
 TIMED = ["test_dispatch"]  # alone on the GPU
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
@@ -135,7 +136,8 @@ def main():
     if not build(nvcc, arch):
         sys.exit("the build failed")
 
-    arguments = {**dict.fromkeys(("test_attention", "test_fp8", "test_fp8_fast", "test_mixed"), ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
+    properties = ("test_attention", "test_fp8", "test_fp8_fast", "test_mixed")
+    arguments = {**dict.fromkeys(properties, ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
 
     def run_program(p):
         return p, run_logged(p, [str(BUILD / p), *arguments.get(p, [])])

@@ -5,8 +5,6 @@
 #include "broken.cuh"
 #include "properties.cuh"
 
-#include <functional>
-
 static const int kBackends[] = {FLASHCORE_BACKEND_SIMT, FLASHCORE_BACKEND_WMMA, FLASHCORE_BACKEND_MMA, FLASHCORE_BACKEND_WGMMA};
 static const int kTypes16[] = {FLASHCORE_F16, FLASHCORE_BF16};
 static const int kTypes[] = {FLASHCORE_F16, FLASHCORE_BF16, FLASHCORE_F32};
@@ -190,11 +188,6 @@ static void test_many_heads() {
 }
 
 /* ---- options ------------------------------------------------------------------------------------------------------------------- */
-
-struct Option {
-  const char *name;
-  std::function<void(Case &)> set;
-};
 
 static std::vector<Option> options() {
   auto window = [](int left, int right) { return [=](Case &c) { c.window = 1, c.left = left, c.right = right; }; };

@@ -19,24 +19,9 @@ static bool present(int backend) {
   return must_serve(c, backend);
 }
 
-/* From now on without the LSE: other kernels serve those who do not want it. */
-static void drop_lse(Problem &p) { p.c.lse = 0, p.a.lse = nullptr; }
-
-/* Every case on every backend that there is, with the LSE and without, sharing the tensors and the oracle. */
 static void check(const std::string &name, const std::vector<Case> &cases) {
-  if (!wanted(name)) return;
-  for (int backend : kBackends) {
-    Tally tally;
-    for (const Case &c : present(backend) ? cases : std::vector<Case>()) {
-      Problem problem(c);
-      for (int turn = 0; turn < (c.lse ? 2 : 1); ++turn) {
-        if (turn == 1) drop_lse(problem);
-        const Outcome outcome = problem.run(backend);
-        tally.add(outcome, problem.reproduce_on(backend));
-      }
-    }
-    tally.tell(name_of(backend) + "." + name);
-  }
+  for (int backend : kBackends)
+    if (present(backend)) check_with_and_without_lse(name_of(backend) + "." + name, backend, cases);
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------------------------------- */
@@ -119,10 +104,6 @@ static void test_many() {
   check("many_heads", heads);
 }
 
-struct Option {
-  const char *name;
-  void (*set)(Case &);
-};
 static const Option kOptions[] = {
     {"causal_bottom_right", [](Case &c) { c.causal = 1; }},
     {"causal_top_left", [](Case &c) { c.causal = 2; }},
@@ -244,24 +225,15 @@ static void test_data() {
 }
 
 static void test_reruns() {
-  if (!wanted("reruns_are_bit_equal")) return;
   for (int backend : kBackends)
-    for (int dim : present(backend) ? std::vector<int>(kDims, kDims + 3) : std::vector<int>()) {
+    for (int dim : kDims) {
+      const std::string name = name_of(backend) + format(".reruns_are_bit_equal.d%d", dim);
+      if (!wanted(name) || !present(backend)) continue;
       Case c = sized(FLASHCORE_E4M3, 2, 16, 4, 900, 1100, dim);
       c.causal = 1, c.descale = 2;
       Problem p(c);
-      unsigned long long first = 0;
-      std::string why;
       drop_lse(p);
-      for (int n = 0; n < (quick ? 10 : 200) && why.empty(); ++n) {
-        const Outcome outcome = p.launch(backend);
-        if (outcome.what != Outcome::PASSED) why = outcome.why;
-        p.wait();
-        const unsigned long long sum = p.output().inspect().sum;
-        if (n == 0) first = sum;
-        if (sum != first) why = format("run %d differs", n);
-      }
-      report().expect(name_of(backend) + format(".reruns_are_bit_equal.d%d", dim), why.empty(), why);
+      check_reruns(name, p, backend, quick ? 10 : 200);
     }
 }
 

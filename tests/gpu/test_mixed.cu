@@ -16,22 +16,9 @@ static Case mixed(int turn, int batch, int heads_q, int heads_kv, int seq_q, int
   return c;
 }
 
-/* Every case on every backend, with the LSE and without. */
 static void check(const std::string &name, const std::vector<Case> &cases) {
-  for (int backend : kBackends) {
-    const std::string full = name_of(backend) + ".mixed." + name;
-    if (!wanted(full)) continue;
-    Tally tally;
-    for (const Case &c : must_serve(mixed(0, 1, 1, 1, 64, 64, 64), backend) ? cases : std::vector<Case>()) {
-      Problem problem(c);
-      for (int turn = 0; turn < (c.lse ? 2 : 1); ++turn) {
-        if (turn == 1) problem.c.lse = 0, problem.a.lse = nullptr;
-        const Outcome outcome = problem.run(backend);
-        tally.add(outcome, problem.reproduce_on(backend));
-      }
-    }
-    tally.tell(full);
-  }
+  for (int backend : kBackends)
+    if (must_serve(mixed(0, 1, 1, 1, 64, 64, 64), backend)) check_with_and_without_lse(name_of(backend) + ".mixed." + name, backend, cases);
 }
 
 static void test_shapes() {
@@ -123,10 +110,6 @@ static void test_many_rows() {
   check("many_keys", keys);
 }
 
-struct Option {
-  const char *name;
-  void (*set)(Case &);
-};
 static const Option kOptions[] = {
     {"causal_bottom_right", [](Case &c) { c.causal = 1; }},
     {"causal_top_left", [](Case &c) { c.causal = 2; }},
@@ -221,17 +204,7 @@ static void test_reruns() {
       const Case c = mixed(1, 2, 16, 4, 900, 1100, dim);
       if (!wanted(name) || !must_serve(c, backend)) continue;
       Problem p(c);
-      std::string why;
-      unsigned long long first = 0;
-      for (int n = 0; n < (quick ? 10 : 100) && why.empty(); ++n) {
-        const Outcome outcome = p.launch(backend);
-        if (outcome.what != Outcome::PASSED) why = outcome.why;
-        p.wait();
-        const unsigned long long sum = p.output().inspect().sum;
-        if (n == 0) first = sum;
-        if (sum != first) why = format("run %d differs", n);
-      }
-      report().expect(name, why.empty(), why);
+      check_reruns(name, p, backend, quick ? 10 : 100);
     }
 }
 
