@@ -337,6 +337,13 @@ def fat_binary(header, unit):
     sh([*NVCC, *QUICK, *defines, *arch_flags(*other_arches(header)), "-c", f"{COMPILE}/implementation.cu", "-o", obj])
 
 
+def cuobjdump():
+    """Of the toolkit, or else from PyPI with nvdisasm, which it runs."""
+    if tool := shutil.which("cuobjdump"):
+        return tool
+    return os.path.join(pypi("cuobjdump-13", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*"), "nvidia", "cu13", "bin", "cuobjdump")
+
+
 HOPPER_INSTRUCTIONS = ("wgmma.mma_async", "cp.async.bulk.tensor", "mbarrier.try_wait", "setmaxnreg.inc", "setmaxnreg.dec")
 
 
@@ -345,7 +352,7 @@ def hopper_instructions(header):
     ptx = out("arch", header + ".ptx")
     sh([*NVCC, *PTX_ONLY_90A, *implementation_defines(header), "-ptx", f"{COMPILE}/implementation.cu", "-o", ptx])
     with open(ptx) as f:
-        kernels = [k for k in re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:] if re.search(r"gmma_(kv8_)?kernel", k.split("(")[0])]
+        kernels = [k for k in re.split(r"^(?:\.visible )?\.entry ", f.read(), flags=re.M)[1:] if re.search(r"gmma_(mixed_)?kernel", k.split("(")[0])]
     for kernel in kernels:
         if missing := [name for name in HOPPER_INSTRUCTIONS if name not in kernel]:
             raise Failure(f"{kernel[:120]}: without {', '.join(missing)}")
@@ -361,7 +368,7 @@ def qmma_instructions(header):
     for kernel in resources.parse(result["log"]):
         if kernel["spill_bytes"] and re.match(r"qmma_kernel<.*, (64|128), ", kernel["name"]):
             raise Failure(f'{kernel["name"]} on sm_89: spill_bytes is {kernel["spill_bytes"]}')
-    functions = re.split(r"^\s*Function : ", sh(["cuobjdump", "-sass", result["object"]]), flags=re.M)[1:]
+    functions = re.split(r"^\s*Function : ", sh([cuobjdump(), "-sass", result["object"]]), flags=re.M)[1:]
     kernels = [f for f in functions if "qmma_kernel" in f.split("\n", 1)[0]]
     for kernel in kernels:
         fp8 = len(re.findall(r"\bQMMA\.16832\.F32\.E[45]M[23]\.E[45]M[23]\b", kernel))
