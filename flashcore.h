@@ -168,8 +168,8 @@ typedef enum flashcore_backend {
   FLASHCORE_BACKEND_WMMA = 2,  /* nvcuda::wmma, sm_75+ (flashcore_wmma.cuh) */
   FLASHCORE_BACKEND_MMA = 3,   /* mma.sync and cp.async, sm_80+ (flashcore_wmma.cuh) */
   FLASHCORE_BACKEND_WGMMA = 4, /* TMA and wgmma, sm_90a (flashcore_wgmma.cuh) */
-  FLASHCORE_BACKEND_QMMA = 5,  /* fp8 K and V, mma.sync, sm_89 (flashcore_fp8.cuh) */
-  FLASHCORE_BACKEND_QGMMA = 6  /* fp8 wgmma, sm_90a (flashcore_fp8.cuh) */
+  FLASHCORE_BACKEND_QMMA = 5,  /* fp8 K and V, Q in fp8 or 16 bits: mma.sync, sm_89 on (flashcore_fp8.cuh) */
+  FLASHCORE_BACKEND_QGMMA = 6  /* the same: wgmma, sm_90a (flashcore_fp8.cuh) */
 } flashcore_backend;
 
 /* A (batch, seq, heads, dim) tensor in any memory order. Strides are in elements; the last dim is contiguous.
@@ -182,7 +182,7 @@ typedef struct flashcore_tensor {
 
 /* One fp32 factor per (batch, kv head or q head) on the device, x = stored * factor. data NULL: 1.0. Strides 0: one for all.
  * Of O, what is stored is x * (1 / factor), rounded to nearest even; what is too large, infinity included, becomes the largest number; NaN stays NaN.
- * Device data, not checked: a factor that is negative or NaN gives NaN. */
+ * Packed sequences have factors per batch entry too. Device data, not checked: a factor that is negative or NaN gives NaN to rows that see a key. */
 typedef struct flashcore_descale {
   const float *data;
   int64_t stride_b, stride_h;
@@ -235,7 +235,7 @@ typedef struct flashcore_attention {
   flashcore_descale q_descale, k_descale, v_descale; /* for fp8 inputs */
   flashcore_descale o_descale;                       /* for an fp8 O */
   float *o_amax; /* for an fp8 O: one float on the device, raised to the largest finite |O|, not yet divided by o_descale; the caller sets it to 0
-                  * before; NULL: not wanted */
+                  * before; part of no other field's memory; NULL: not wanted */
 
   int32_t num_splits; /* > 1: split the keys in that many parts and merge; 0: automatic, 1: none */
   int32_t split_len;  /* > 0: parts of that many keys instead; results then do not depend on the batch size (multiple of 64) */
@@ -1773,8 +1773,9 @@ static flashcore_status flashcore_validate_descales(const flashcore_attention *a
 /* It is raised while everything else is read: o_descale is not its place. */
 static flashcore_status flashcore_validate_amax(const flashcore_attention *a, flashcore_error *error) {
   const flashcore_pointer pointer = {"o_amax", a->o_amax, 4, 0};
-  const void *others[] = {a->q.data,         a->k.data,         a->v.data,         a->o.data,        a->lse,
-                          a->q_descale.data, a->k_descale.data, a->v_descale.data, a->o_descale.data};
+  const void *others[] = {a->q.data,         a->k.data,         a->v.data,       a->o.data,     a->lse,       a->q_descale.data, a->k_descale.data,
+                          a->v_descale.data, a->o_descale.data, a->alibi_slopes, a->bias,       a->mask_bits, a->sink,           a->cu_seqlens_q,
+                          a->cu_seqlens_kv,  a->seqlens_q,      a->seqlens_kv,   a->page_table, a->workspace};
   if (!a->o_amax) return FLASHCORE_OK;
   if (!flashcore_is_fp8(flashcore_o_dtype(a)))
     return flashcore_refuse(error, FLASHCORE_INVALID_SCALE, "o_amax", flashcore_o_dtype(a), FLASHCORE_E4M3,
@@ -1783,7 +1784,7 @@ static flashcore_status flashcore_validate_amax(const flashcore_attention *a, fl
   for (int i = 0; i < FLASHCORE_COUNT(others); ++i)
     if (a->o_amax == others[i])
       return flashcore_refuse(error, FLASHCORE_ALIASED_OUTPUT, "o_amax", (int64_t)(uintptr_t)a->o_amax, 0,
-                              "o_amax is also the address of another tensor: it is raised while others are read and written");
+                              "o_amax is also the address of another field: it is raised while others are read and written");
   return FLASHCORE_OK;
 }
 
@@ -1840,10 +1841,11 @@ FLASHCORE_API const char *flashcore_status_string(flashcore_status status) {
   case FLASHCORE_INVALID_DTYPE: return "An element type is not one of flashcore_dtype, or not allowed for that field.";
   case FLASHCORE_INVALID_SIZE: return "A size is below its least or above its greatest value.";
   case FLASHCORE_INVALID_GROUP: return "heads_kv does not divide heads_q.";
-  case FLASHCORE_INVALID_STRIDE: return "A stride of the output is 0, so that results would share an address.";
-  case FLASHCORE_MISALIGNED: return "A pointer is not aligned to its element.";
+  case FLASHCORE_INVALID_STRIDE: return "A stride is 0 where results would share an address, or a layout is one that the call does not take.";
+  case FLASHCORE_MISALIGNED: return "A pointer is not aligned to its element, or something not to the bytes that the call needs.";
   case FLASHCORE_OFFSET_OVERFLOW: return "A stride is so large that offsets would not fit in 64 bits.";
-  case FLASHCORE_INVALID_SCALE: return "A scale, the softcap or the LSE's base is outside its range, or a descale or amax is not of an fp8 tensor.";
+  case FLASHCORE_INVALID_SCALE:
+    return "A scale, its granularity, the softcap or the LSE's base is outside its range, or a descale or amax is not of an fp8 tensor.";
   case FLASHCORE_INVALID_MASK: return "The causal rule or the window is outside its range.";
   case FLASHCORE_INVALID_LENGTHS: return "The totals of packed sequences are missing or outside their range.";
   case FLASHCORE_INVALID_PAGE_TABLE: return "The page table lacks its sizes, or is combined with packed keys.";
@@ -2003,20 +2005,21 @@ static void flashcore_reference_row(const flashcore_row *r) {
     const double x = flashcore_reference_logit(r, j);
     if (x > m) m = x;
   }
-  double l = sink == -INFINITY ? 0.0 : exp(sink - m);
+  double keys = 0.0; /* the keys' share of the denominator */
   for (int32_t j = r->keys.first; j < r->keys.last; ++j) {
     const double x = flashcore_reference_logit(r, j);
     int64_t v;
     if (x == -INFINITY || !flashcore_reference_key(r, &a->v, r->seq.v, j, &v)) continue; /* 0 * NaN would be NaN */
     const double p = exp(x - m);
-    l += p;
+    keys += p;
     for (int32_t d = 0; d < a->dim_v; ++d) o[d] += p * flashcore_load(a->v.data, a->dtype_kv, v + d);
   }
+  const double l = keys + (sink == -INFINITY ? 0.0 : exp(sink - m));
   const int64_t row = r->seq.o + r->i * a->o.stride_s + r->h * a->o.stride_h;
   for (int32_t d = 0; d < a->dim_v; ++d) {
-    const double x = l == 0.0 ? 0.0 : o[d] / l * r->v_scale, size = fabs(x);
+    const double x = keys == 0.0 ? 0.0 : o[d] / l * r->v_scale, size = fabs(x);
     if (a->o_amax && size <= (double)FLT_MAX && (float)size > *a->o_amax) *a->o_amax = (float)size;
-    flashcore_store(a->o.data, a->dtype_o, row + d, l == 0.0 ? 0.0 : x * r->o_scale);
+    flashcore_store(a->o.data, a->dtype_o, row + d, keys == 0.0 ? 0.0 : x * r->o_scale); /* no scale is felt without a key */
   }
   if (a->lse) {
     const double lse = l == 0.0 ? -INFINITY : m + log(l);

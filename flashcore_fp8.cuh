@@ -54,7 +54,7 @@
  *   raw_free[st]          1 per transposing warp     the producer        (i & 1) ^ 1         it was read
  *   v_full[st]            1 per transposing warp     all consumer warps  i & 1               a block of V is there, transposed
  *   v_free[st]            1 per consumer warp        the transposers     (i & 1) ^ 1         it was read
- * Beside 16-bit Q, three warps widen K and V (wgmma_kv8_converter):
+ * Beside 16-bit Q, three warps widen K and V (wgmma_mixed_converter):
  *   k_full, v_full[st]    1 per batch of rows        all consumer warps  i & 1               a block of K or V is there, widened
  *   k_free, v_free[st]    1 per consumer warp        the converters      (i & 1) ^ 1         it was read                                      */
 #ifndef FLASHCORE_FP8_CUH
@@ -1337,10 +1337,12 @@ struct qgmma_tile {
   static constexpr int kGroups = kGroups_, kBlockKv = kBlockKv_, kStages = kStages_, kRawStages = kRawStages_, kParts = 1;
   static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kMode == kFast;
   static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
-  static constexpr int kTransposers = 3;
+  static constexpr int kTransposers = 3, kEdgeRows = 64;
   static constexpr wgmma_turns kTurns = kTurns_;
   static constexpr int kBlockQ = 64 * kGroups, kThreads = 128 * (kGroups + 1), kConsumerWarps = 4 * kGroups;
   static constexpr int kPromoteBlocks = (kMode == kAccurate ? 512 : 1024) / kBlockKv;
+  /* While the tensor cores compute S, which costs no time but registers: not where O has to be scaled and packed, too. */
+  static constexpr bool kPromotesEarly = sizeof(Kept) == 4;
 
   /* Shared memory, from a multiple of 1024 on: Q [kQStages][kGroups], K [kStages], raw V [kRawStages], each [pairs / 64][rows][128 bytes];
    * V transposed [kStages], each [kBlockKv / kRowV][dims][kRowV keys]; the older part of O [kGroups]. */
@@ -1372,31 +1374,29 @@ struct qgmma_tile {
 enum qgmma_shape { kWideFp8, kLongFp8, kShortFp8, kExactFp8, kGeneralFp8 };
 
 template <typename T, qgmma_mode kMode, int kHeadDim, qgmma_shape kShape> struct qgmma_tile_for;
-#define FLASHCORE_QGMMA_TILE(mode, dim, shape, ...)                                                                                                  \
-  template <typename T> struct qgmma_tile_for<T, mode, dim, shape> : qgmma_tile<T, mode, dim, __VA_ARGS__> {}
+#define FLASHCORE_QGMMA_TILE(mode, dim, shape, keys, ...)                                                                                            \
+  template <typename T> struct qgmma_tile_for<T, mode, dim, shape> : qgmma_tile<T, mode, dim, __VA_ARGS__> { static constexpr int kKeys = keys; }
 
-/*                   mode, dim, shape         groups, keys, stages, raw stages, Q, kept, turns, exact; the last two shapes serve both modes */
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kWideFp8, 3, 128, 3, 2, kQFragments, float, kProductTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kShortFp8, 4, 64, 4, 2, kQTwice, float, kProductTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kExactFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 64, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kExactFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 128, kGeneralFp8, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kWideFp8, 2, 96, 2, 1, kQOnce, __half, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kShortFp8, 2, 64, 2, 2, kQOnce, __half, kTermTurns);
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kExactFp8, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true); /* more keys have no registers */
-FLASHCORE_QGMMA_TILE(kAccurate, 256, kGeneralFp8, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true);
-FLASHCORE_QGMMA_TILE(kFast, 64, kWideFp8, 4, 64, 4, 2, kQTwice, float, kNoTurns);
-FLASHCORE_QGMMA_TILE(kFast, 128, kWideFp8, 2, 128, 3, 2, kQFragments, float, kTermTurns);
-FLASHCORE_QGMMA_TILE(kFast, 128, kLongFp8, 3, 96, 3, 2, kQTwice, __half, kNoTurns);
-FLASHCORE_QGMMA_TILE(kFast, 256, kWideFp8, 2, 96, 2, 1, kQOnce, __half, kNoTurns);
-FLASHCORE_QGMMA_TILE(kFast, 256, kShortFp8, 2, 64, 2, 2, kQOnce, __half, kNoTurns);
-
-/* Is it in the table? */
-template <typename Tile, typename = void> struct qgmma_has_tile { static constexpr bool value = false; };
-template <typename Tile> struct qgmma_has_tile<Tile, decltype((void)Tile::kBlockQ)> { static constexpr bool value = true; };
+/*                   mode, dim, shape, keys (long: from so many on; short: below), then groups, keys of a block, stages, raw stages, Q, kept, turns,
+ *                   exact; the last two shapes serve both modes */
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kWideFp8, 0, 3, 128, 3, 2, kQFragments, float, kProductTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kShortFp8, 2048, 4, 64, 4, 2, kQTwice, float, kProductTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kExactFp8, 0, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 64, kGeneralFp8, 0, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kWideFp8, 0, 2, 128, 3, 2, kQFragments, float, kTermTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kLongFp8, 8192, 3, 96, 3, 2, kQTwice, __half, kProductTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kExactFp8, 0, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 128, kGeneralFp8, 0, 2, 64, 4, 2, kQFragments, float, kTermTurns, true);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kWideFp8, 0, 2, 96, 2, 1, kQOnce, __half, kTermTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kShortFp8, 1536, 2, 64, 2, 2, kQOnce, __half, kTermTurns);
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kExactFp8, 0, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true); /* more keys have no registers */
+FLASHCORE_QGMMA_TILE(kAccurate, 256, kGeneralFp8, 0, 2, 32, 3, 2, kQOnce, __half, kNoTurns, true);
+FLASHCORE_QGMMA_TILE(kFast, 64, kWideFp8, 0, 4, 64, 4, 2, kQTwice, float, kNoTurns);
+FLASHCORE_QGMMA_TILE(kFast, 64, kLongFp8, 8192, 3, 128, 3, 2, kQFragments, float, kProductTurns);
+FLASHCORE_QGMMA_TILE(kFast, 128, kWideFp8, 0, 3, 96, 3, 2, kQTwice, __half, kNoTurns);
+FLASHCORE_QGMMA_TILE(kFast, 128, kShortFp8, 2048, 2, 128, 3, 2, kQFragments, float, kTermTurns);
+FLASHCORE_QGMMA_TILE(kFast, 256, kWideFp8, 0, 2, 96, 2, 1, kQOnce, __half, kNoTurns);
+FLASHCORE_QGMMA_TILE(kFast, 256, kShortFp8, 6144, 2, 64, 2, 2, kQOnce, __half, kProductTurns);
 
 #if FLASHCORE_HAS_SM90A || !defined(__CUDA_ARCH__)
 
@@ -1410,31 +1410,17 @@ template <typename Tile> struct qgmma_barriers : wgmma_barriers<Tile> {
 
   /* callers  one thread, then a barrier of the block */
   __forceinline__ __device__ void init() const {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      mbarrier_init(shared::k_full(i), 1);
-      mbarrier_init(shared::v_full(i), Tile::kTransposers);
-      mbarrier_init(shared::k_free(i), Tile::kConsumerWarps);
-      mbarrier_init(shared::v_free(i), Tile::kConsumerWarps);
-    }
     for (int i = 0; i < Tile::kRawStages; ++i) {
       mbarrier_init(raw_full(i), 1);
       mbarrier_init(raw_free(i), Tile::kTransposers);
     }
-    for (int i = 0; i < shared::kQs; ++i) {
-      mbarrier_init(shared::q_full(0, i), 1);
-      mbarrier_init(shared::q_free(0, i), 4);
-    }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared::work_full(i), Tile::kConsumerWarps);
-      mbarrier_init(shared::work_free(i), Tile::kConsumerWarps);
-    }
-    fence_mbarrier_init();
+    shared::init(1, Tile::kTransposers);
   }
 };
 
 /* Of a tile's scores and values, with the descales. */
 struct qgmma_scales {
-  float natural, log2, v; /* products to logits; to logits in log2 units (1 behind a rule); what O is multiplied with */
+  float natural, log2, v; /* products to logits; to logits in log2 units (1 behind a rule, or if NaN); what O is multiplied with */
   float o;                /* and with this, where it is stored in fp8 */
 };
 template <typename Tile> struct qgmma_shared : wgmma_shared<Tile> { qgmma_scales scales[2]; /* of tiles 0, 2, ... and 1, 3, ... */ };
@@ -1457,8 +1443,8 @@ FLASHCORE_DEVICE void qgmma_plan_tile(const flashcore_attention &a, const wgmma_
     if (more && lane == 0) {
       const int kv_head = plan.group.quotient(w.head);
       const float qk = fp8_descale(a.q_descale, w.batch, w.head) * fp8_descale(a.k_descale, w.batch, kv_head);
-      block.scales[tile % 2] = {a.scale * qk, Rule::kActive ? 1.f : fp8_normal(plan.scale_log2 * qk), fp8_descale(a.v_descale, w.batch, kv_head),
-                                __frcp_rn(fp8_descale(a.o_descale, w.batch, w.head))};
+      block.scales[tile % 2] = {a.scale * qk, Rule::kActive || isnan(qk) ? 1.f : fp8_normal(plan.scale_log2 * qk),
+                                fp8_descale(a.v_descale, w.batch, kv_head), __frcp_rn(fp8_descale(a.o_descale, w.batch, w.head))};
     }
     mbarrier_arrive(barriers.work_full(tile));
   }
@@ -1580,13 +1566,12 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   using base = wgmma_warp<Tile, Rule, no_prologue, no_epilogue>;
   using T = typename Tile::T;
   using Kept = typename Tile::Kept;
-  using base::at, base::o, base::s, base::m, base::l, base::factor, base::inverse, base::wg, base::wary, base::lane;
+  using base::at, base::o, base::s, base::m, base::l, base::factor, base::inverse, base::wg, base::lane;
   using typename base::ring;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = base::kTilesS, kTilesO = base::kTilesO;
   static constexpr bool kTrustsSums = Tile::kTrustsSums && !Rule::kActive;
   /* p of a term at the reference is 2^kTop, exact in e4m3. fast: in a block of equal scores the sum of a lane's terms stays below kSumLimit, and what
    * the sum bounds, e4m3 can hold. */
-  static constexpr int kFirstBlocks = 512 / kBlockKv; /* fast: so many blocks after the first are looked at, which often finds the maximum */
   static constexpr float kTop = !kTrustsSums ? 8.f : kBlockKv > 64 ? 3.f : 4.f, kSumLimit = 448.f;
 
   uint32_t p8[kBlockKv / 32][4]; /* the A operand of P V */
@@ -1661,7 +1646,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     }
   }
   /* o += the older part of O, times `older`, for kBatch column tiles; as many loads are in flight. */
-  static constexpr int kBatch = 8;
+  static constexpr int kBatch = Tile::kPromotesEarly ? 4 : 8;
   __forceinline__ __device__ void add_kept(int first) {
     float x[kBatch][4];
 #pragma unroll
@@ -1750,34 +1735,67 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     const uint32_t bits = __float_as_uint(e);
     return __uint_as_float((bits + 0x7ffffu + (bits >> 20 & 1u)) & 0xfff00000u);
   }
-  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums.
-   *   kUnusual: a reference may be so large that its last bit weighs: that row's terms are capped, and l counts what O gets: one key gives its V */
-  template <bool kUnusual> __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
+  /* s becomes exp2(s c - m); sum: this lane's part of the rows' sums. */
+  __forceinline__ __device__ void exponentiate(float (&sum)[2], float scale_log2) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool large = kUnusual && fabsf(m[h]) > base::kLargeReference && m[h] > FLASHCORE_EMPTY_MAX;
       float part[2] = {0.f, 0.f};
 #pragma unroll
       for (int n = 0; n < kTilesS; ++n)
 #pragma unroll
         for (int x = 0; x < 2; ++x) {
-          const float y = fmaf(s[n][2 * h + x], scale_log2, -m[h]), e = ex2(large && y > kTop ? kTop : y); /* NaN stays */
+          const float e = ex2(fmaf(s[n][2 * h + x], scale_log2, -m[h]));
           s[n][2 * h + x] = e;
+          part[x] += e;
+        }
+      sum[h] = part[0] + part[1];
+    }
+  }
+  /* Where a reference is so large that its last bit weighs, no term is larger than one at the reference, and l counts what O gets: one key gives its V. */
+  __forceinline__ __device__ void cap(float (&sum)[2]) {
+    constexpr float kLargest = 1 << (int)kTop;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool large = fabsf(m[h]) > base::kLargeReference && m[h] > FLASHCORE_EMPTY_MAX;
+      float part[2] = {0.f, 0.f};
+#pragma unroll
+      for (int n = 0; n < kTilesS; ++n)
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          float &e = s[n][2 * h + x];
+          if (large && e > kLargest) e = kLargest; /* NaN stays */
           part[x] += large ? rounded(e) : e;
         }
       sum[h] = part[0] + part[1];
     }
   }
+  /* In turn, with the reference as it is, whatever it is. */
   __forceinline__ __device__ void exponentiate_any(float (&sum)[2], float scale_log2) {
-    if (unusual) exponentiate<true>(sum, scale_log2);
-    else exponentiate<false>(sum, scale_log2);
+    base::turn(kTermTurns);
+    exponentiate(sum, scale_log2);
+    if (unusual) cap(sum);
+    base::pass(kTermTurns);
   }
-  /* The scores of block j as they count, and a look at their maxima.   returns  whether a reference moved */
-  __forceinline__ __device__ bool look_at_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int j, bool edge,
-                                                const qgmma_scales &scales) {
-    if constexpr (Rule::kActive) apply_rule(a, w, j, scales.natural);
-    if (edge) base::mask(a, plan, w, j);
-    return look(scales.log2);
+  /* The same without a look at the maxima before, unless terms turn out to be too large.   returns  whether a reference moved
+   *   implies  P V of the block at hand is complete, and K of block `next` released */
+  __forceinline__ __device__ bool exponentiate_and_follow(ring next, float (&sum)[2], float scale_log2) {
+    bool moved = false;
+    base::turn(kTermTurns);
+    exponentiate(sum, scale_log2);
+    base::pass(kTermTurns);
+    base::finish_products();
+    if (unusual || !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
+      moved = follow(sum);
+      if (!moved) {
+        base::gemm_qk_again(next);
+        moved = look(scale_log2);
+        exponentiate(sum, scale_log2);
+      }
+      if (unusual) cap(sum);
+    }
+    __syncwarp();
+    base::release_k(next);
+    return moved;
   }
   /* s of a tile's first block, just computed, to probabilities; the start of m and l. */
   __forceinline__ __device__ void first_block(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, int blocks, bool edge,
@@ -1790,9 +1808,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
       m[h] = fmaxf(reference(peak[h], scales.log2), FLASHCORE_EMPTY_MAX);
     }
     unusual = base::has_unusual_reference();
-    base::turn(kTermTurns);
     exponentiate_any(l, scales.log2);
-    base::pass(kTermTurns);
   }
   /* p from s: four column tiles are one k step, in the order of keys that the transposer gives V.
    *   s[4k + n][2h + e], lane (g, t), is key 8n + 2t + e of the step; a[2i + h] holds bytes s[4k + 2i][2h], [2h + 1], s[4k + 2i + 1][2h], [2h + 1] */
@@ -1840,7 +1856,8 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     if (ending) base::wait_v(at);
     gemm_pv();
     base::pass(kProductTurns);
-    if (ending) base::finish(a, plan, last, block8.scales[(tile + 1) % 2].v);
+    const qgmma_scales &before = block8.scales[(tile + 1) % 2];
+    if (ending) base::finish(a, plan, last, before.natural, before.v);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<1>();
       base::take_s();
@@ -1848,7 +1865,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     }
     wgmma_wait<0>();
     wgmma_pin(o);
-    if (ending) end_tile(a, last, block8.scales[(tile + 1) % 2].o);
+    if (ending) end_tile(a, last, before.o);
     if (!Tile::kOverlapsTiles) {
       if (starting) first = base::start_tile(a, next.tile, skip);
       gemm_qk(first);
@@ -1863,6 +1880,26 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     at = first;
     in_o = 0;
     has_older = false;
+  }
+
+  /* As in wgmma_warp. */
+  __forceinline__ __device__ void multiply(ring next) {
+    base::turn(kProductTurns);
+    base::wait_k(next);
+    gemm_qk(next);
+    if (Tile::kPromotesEarly && in_o == Tile::kPromoteBlocks) promote();
+    base::wait_v(at);
+    gemm_pv();
+    base::pass(kProductTurns);
+    wgmma_wait<1>();
+    base::take_s();
+  }
+  __forceinline__ __device__ void take(ring next, const float (&sum)[2], bool moved) {
+    if (moved) rescale_all();
+    l[0] += sum[0];
+    l[1] += sum[1];
+    pack_p();
+    at = next;
   }
 
   /* All tiles of the block.   callers  all warps of the consumer warpgroups */
@@ -1880,47 +1917,40 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
       if (tile > 0 && lane() == 0) mbarrier_arrive(base::barriers().work_free(tile + 1));
       pack_p();
 
-      wary = kTrustsSums ? kFirstBlocks : 0;
-      for (int left = blocks - 1; left > 0; --left) { /* blocks: the next is begin + left - 1 */
-        const ring next = at.next();
-        if (in_o == Tile::kPromoteBlocks) promote(); /* WHY here: s is not in use, so many loads can be in flight */
-        base::turn(kProductTurns);
-        base::wait_k(next);
-        gemm_qk(next);
-        base::wait_v(at);
-        gemm_pv();
-        base::pass(kProductTurns);
-        wgmma_wait<1>();
-        base::take_s();
-        if (!kTrustsSums) base::release_k(next);
-        const int j = w.begin + left - 1;
-        const bool edge = left <= last_edges || blocks - left < first_edges, blind = kTrustsSums && !edge && !unusual && wary == 0;
-        bool moved = !blind && look_at_block(a, plan, w, j, edge, scales);
-        float sum[2];
-        base::turn(kTermTurns);
-        exponentiate_any(sum, scales.log2);
-        base::pass(kTermTurns);
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        base::release_v(at);
-        if constexpr (kTrustsSums) {
-          if (!blind) wary = max(wary - 1, 0);
-          else if (!__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */ moved = follow(sum);
-            if (!moved) {
-              base::gemm_qk_again(next);
-              wary = base::kWaryBlocks;
-              moved = look_at_block(a, plan, w, j, edge, scales);
-              exponentiate_any(sum, scales.log2);
-            }
-          }
-          __syncwarp();
+      /* WHY two loops: without the questions of the first, the second is 4 to 12 % faster at dim 64. The four warps of a group are in the same one, as
+       * they issue each wgmma together: edges are the group's (kEdgeRows). */
+      for (int left = blocks - 1; left > 0;) { /* blocks: the next is begin + left - 1 */
+        if (!Tile::kPromotesEarly && in_o == Tile::kPromoteBlocks) promote();
+        const bool edge = left <= last_edges || blocks - left < first_edges;
+        if (Rule::kActive || edge) {
+          const ring next = at.next();
+          float sum[2];
+          multiply(next);
           base::release_k(next);
+          if constexpr (Rule::kActive) apply_rule(a, w, w.begin + left - 1, scales.natural);
+          if (edge) base::mask(a, plan, w, w.begin + left - 1);
+          const bool moved = look(scales.log2);
+          exponentiate_any(sum, scales.log2);
+          base::finish_products();
+          take(next, sum, moved);
+          --left;
+          continue;
         }
-        if (moved) rescale_all();
-        l[0] += sum[0];
-        l[1] += sum[1];
-        pack_p();
-        at = next;
+        if constexpr (!Rule::kActive) do {
+            const ring next = at.next();
+            float sum[2];
+            bool moved;
+            multiply(next);
+            if constexpr (kTrustsSums) {
+              moved = exponentiate_and_follow(next, sum, scales.log2);
+            } else {
+              base::release_k(next);
+              moved = look(scales.log2);
+              exponentiate_any(sum, scales.log2);
+              base::finish_products();
+            }
+            take(next, sum, moved);
+          } while (--left > last_edges && (Tile::kPromotesEarly || in_o < Tile::kPromoteBlocks));
       }
       if (!Tile::kQHeld) base::release_q();
     }
@@ -2047,7 +2077,7 @@ static inline CUresult make_qgmma_maps(const flashcore_attention &a, int block_k
  * and V to f16: exactly, as every fp8 number is one of f16 and of bf16. They come by cp.async, which writes zeros where a sequence ends. */
 
 /* F8: of K and V; kSlots: batches of them that each converting warp has on their way; the others as in wgmma_tile */
-template <typename Base, typename F8_, int kSlots_> struct wgmma_kv8_tile : Base {
+template <typename Base, typename F8_, int kSlots_> struct wgmma_mixed_tile : Base {
   using F8 = F8_;
   static constexpr bool kScaled = true;
   static constexpr int kHeadDim = Base::kHeadDimV, kConverters = 3, kPieces = 8, kSlots = kSlots_;
@@ -2065,20 +2095,20 @@ template <typename Base, typename F8_, int kSlots_> struct wgmma_kv8_tile : Base
   static_assert(128 * (kProducerRegisters + Base::kGroups * kConsumerRegisters) <= kLaunchRegisters * Base::kThreads, "or setmaxnreg waits for ever");
 };
 
-template <typename T, typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_kv8_tile_for;
-#define FLASHCORE_KV8_TILE(dim, shape, slots, ...)                                                                                                   \
-  template <typename T, typename F8> struct wgmma_kv8_tile_for<T, F8, dim, shape> : wgmma_kv8_tile<__VA_ARGS__, F8, slots> {}
+template <typename T, typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_mixed_tile_for;
+#define FLASHCORE_MIXED_TILE(dim, shape, slots, ...)                                                                                                 \
+  template <typename T, typename F8> struct wgmma_mixed_tile_for<T, F8, dim, shape> : wgmma_mixed_tile<__VA_ARGS__, F8, slots> {}
 
 /*                 dim, shape, slots, the 16-bit tile */
-FLASHCORE_KV8_TILE(64, kWideTile, 4, wgmma_tile_for<T, 64, 64, kWideTile>);
-FLASHCORE_KV8_TILE(64, kGeneralTile, 4, wgmma_tile_for<T, 64, 64, kGeneralTile>);
-FLASHCORE_KV8_TILE(128, kWideTile, 4, wgmma_tile<T, 128, 128, 2, 128, 2, kQFragments, kLookAtSums>); /* a stage less, for the slots */
-FLASHCORE_KV8_TILE(128, kGeneralTile, 4, wgmma_tile_for<T, 128, 128, kGeneralTile>);
-FLASHCORE_KV8_TILE(256, kWideTile, 2, wgmma_tile_for<T, 256, 256, kExactTile>); /* its LSE is right, and without it is hardly faster */
-FLASHCORE_KV8_TILE(256, kGeneralTile, 2, wgmma_tile_for<T, 256, 256, kGeneralTile>);
+FLASHCORE_MIXED_TILE(64, kWideTile, 4, wgmma_tile_for<T, 64, 64, kWideTile>);
+FLASHCORE_MIXED_TILE(64, kGeneralTile, 4, wgmma_tile_for<T, 64, 64, kGeneralTile>);
+FLASHCORE_MIXED_TILE(128, kWideTile, 4, wgmma_tile<T, 128, 128, 2, 128, 2, kQFragments, kLookAtSums>); /* a stage less, for the slots */
+FLASHCORE_MIXED_TILE(128, kGeneralTile, 4, wgmma_tile_for<T, 128, 128, kGeneralTile>);
+FLASHCORE_MIXED_TILE(256, kWideTile, 2, wgmma_tile_for<T, 256, 256, kExactTile>); /* its LSE is right, and without it is hardly faster */
+FLASHCORE_MIXED_TILE(256, kGeneralTile, 2, wgmma_tile_for<T, 256, 256, kGeneralTile>);
 
 /* V and P are f16 beside bf16 Q, too. WHY: to bf16, widening takes twice as many instructions. */
-template <typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_values<wgmma_kv8_tile_for<__nv_bfloat16, F8, kHeadDim, kShape>> {
+template <typename F8, int kHeadDim, wgmma_shape kShape> struct wgmma_values<wgmma_mixed_tile_for<__nv_bfloat16, F8, kHeadDim, kShape>> {
   using type = __half;
 };
 
@@ -2103,12 +2133,13 @@ template <typename T, typename F8> FLASHCORE_DEVICE void fp8_widen(uint32_t x, u
  *   lane, row of the piece, chunk of 16 fp8:    lane % 4         chunk within 64 dims, which are two chunks of 16-bit elements in a swizzled row
  *                                               lane / 4 % 2     row's last bit: eight lanes in a row then store to distinct banks
  *                                               lane / 8         which 64 dims, and the row's other bits */
-template <typename Tile> struct wgmma_kv8_converter {
+template <typename Tile> struct wgmma_mixed_converter {
   static constexpr int kPanels = Tile::kHeadDim / 64, kRows = 8 / kPanels, kPieces = Tile::kPieces, kBatchRows = kPieces * kRows;
   static constexpr int kBatches = Tile::kBlockKv / kBatchRows, kParts = 2 * kBatches; /* of K or V; of both */
   static constexpr int kTogether = Tile::kGives ? 2 : 1;                              /* pieces widened at once, as registers allow */
   static_assert(Tile::kHeadDim == 64 || Tile::kHeadDim == 128 || Tile::kHeadDim == 256, "lanes are shared out for these");
   static_assert(Tile::kBlockKv % kBatchRows == 0 && kBatchRows % 8 == 0, "whole batches of whole swizzle groups");
+  static_assert(kBatches > 1 || Tile::kStages >= 3, "or a barrier's parity comes round while a warp looks away");
 
   const flashcore_attention &a;
   const wgmma_schedule &plan;
@@ -2116,7 +2147,7 @@ template <typename Tile> struct wgmma_kv8_converter {
   wgmma_work w;
   int round, block, part; /* part: of kParts in the block of keys; the batch that is asked for */
 
-  __forceinline__ __device__ wgmma_kv8_converter(const flashcore_attention &a_, const wgmma_schedule &plan_, int warp)
+  __forceinline__ __device__ wgmma_mixed_converter(const flashcore_attention &a_, const wgmma_schedule &plan_, int warp)
       : a(a_), plan(plan_), k(nullptr), v(nullptr), round(-1), block(0), part(kParts + warp - Tile::kConverters) {
     w.begin = 0; /* the first batch lies beyond a block that is not there */
   }
@@ -2180,8 +2211,8 @@ template <typename Tile> struct wgmma_kv8_converter {
 
 /* All K and V of the block's tiles.   callers  Tile::kConverters warps, each converged; warp: 0 .. kConverters - 1 */
 template <typename Tile>
-FLASHCORE_DEVICE void wgmma_kv8_convert(const flashcore_attention &a, const wgmma_schedule &plan, uint32_t shared, int warp) {
-  using converter = wgmma_kv8_converter<Tile>;
+FLASHCORE_DEVICE void wgmma_mixed_convert(const flashcore_attention &a, const wgmma_schedule &plan, uint32_t shared, int warp) {
+  using converter = wgmma_mixed_converter<Tile>;
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
   const uint32_t slots = shared + Tile::kOffsetSlots + warp * Tile::kSlots * Tile::kBytesSlot + threadIdx.x % 32 * 16;
   converter source(a, plan, warp);
@@ -2218,8 +2249,8 @@ FLASHCORE_DEVICE void wgmma_kv8_convert(const flashcore_attention &a, const wgmm
 
 /* What the consumers have to know of a tile: lane i works it out for consumer warp i. more: there is a tile.   callers  one warp, converged */
 template <typename Tile, typename Rule>
-FLASHCORE_DEVICE void wgmma_kv8_plan_tile(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int tile, bool more,
-                                          wgmma_shared<Tile> &block, uint32_t shared) {
+FLASHCORE_DEVICE void wgmma_mixed_plan_tile(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_work &w, int tile, bool more,
+                                            wgmma_shared<Tile> &block, uint32_t shared) {
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
   const int lane = threadIdx.x % 32, row_in_tile = lane * 16;
   mbarrier_wait(barriers.work_free(tile), (tile / 2 & 1) ^ 1);
@@ -2240,8 +2271,8 @@ FLASHCORE_DEVICE void wgmma_kv8_plan_tile(const flashcore_attention &a, const wg
 /* Q of the block's tiles, and their plan.   callers  one warp, converged
  *   WHY the order: Q waits until the tile before has no use for it; where that is its end, the consumers would wait for the plan */
 template <typename Tile, typename Rule>
-FLASHCORE_DEVICE void wgmma_kv8_produce(const flashcore_attention &a, const wgmma_schedule &plan, const tensor_map &map, wgmma_shared<Tile> &block,
-                                        uint32_t shared) {
+FLASHCORE_DEVICE void wgmma_mixed_produce(const flashcore_attention &a, const wgmma_schedule &plan, const tensor_map &map, wgmma_shared<Tile> &block,
+                                          uint32_t shared) {
   const wgmma_barriers<Tile> barriers = {shared + Tile::kOffsetBarriers};
   const wgmma_input in = {map, a.q, a.dim_qk, (int32_t)flashcore_extents_of(&a).rows_q, plan.pack_log2 > 0};
   const int copy = Rule::kActive ? plan.copy : 0;
@@ -2249,15 +2280,15 @@ FLASHCORE_DEVICE void wgmma_kv8_produce(const flashcore_attention &a, const wgmm
   wgmma_work w;
   int tile = 0;
   for (int32_t round = -1; wgmma_next_tile<Tile>(round, a, plan, w); ++tile) {
-    if (!Tile::kOverlapsTiles) wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
+    if (!Tile::kOverlapsTiles) wgmma_mixed_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
     for (int wg = 0; wg < Tile::kGroups; ++wg)
       wgmma_fill<Tile::kColumnsQk, 64>(shared + (q.stage * Tile::kGroups + wg) * Tile::kBytesQ, in, copy, barriers.q_full(q.stage, wg),
                                        barriers.q_free(q.stage, wg), q.parity, w.q_row + plan.query_of(w.row0 + 64 * wg), w.head >> plan.pack_log2,
                                        a.cu_seqlens_q ? 0 : w.batch);
     q = q.next();
-    if (Tile::kOverlapsTiles) wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
+    if (Tile::kOverlapsTiles) wgmma_mixed_plan_tile<Tile, Rule>(a, plan, w, tile, true, block, shared);
   }
-  wgmma_kv8_plan_tile<Tile, Rule>(a, plan, w, tile, false, block, shared);
+  wgmma_mixed_plan_tile<Tile, Rule>(a, plan, w, tile, false, block, shared);
 }
 
 #endif /* FLASHCORE_HAS_SM90A */
@@ -2267,19 +2298,19 @@ FLASHCORE_DEVICE void wgmma_kv8_produce(const flashcore_attention &a, const wgmm
  *   callers  as for wgmma_kernel */
 template <typename Tile, typename Rule>
 FLASHCORE_KERNEL void __launch_bounds__(Tile::kThreads, 1)
-    wgmma_kv8_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan,
-                     const __grid_constant__ tensor_map map, const Rule rule) {
+    wgmma_mixed_kernel(const __grid_constant__ flashcore_attention a, const __grid_constant__ wgmma_schedule plan,
+                       const __grid_constant__ tensor_map map, const Rule rule) {
 #if FLASHCORE_HAS_SM90A
   extern __shared__ __align__(128) unsigned char flashcore_shared[];
   const uint32_t shared = (shared_address(flashcore_shared) + 1023) & ~1023u;
   __shared__ wgmma_shared<Tile> block;
-  if (threadIdx.x == 0) wgmma_barriers<Tile>{shared + Tile::kOffsetBarriers}.init(wgmma_kv8_converter<Tile>::kBatches);
+  if (threadIdx.x == 0) wgmma_barriers<Tile>{shared + Tile::kOffsetBarriers}.init(wgmma_mixed_converter<Tile>::kBatches);
   __syncthreads();
   const int warp_index = warp_uniform((int)threadIdx.x / 32);
   if (warp_index < 4) {
     setmaxnreg_dec<Tile::kProducerRegisters>();
-    if (warp_index == 0) wgmma_kv8_produce<Tile, Rule>(a, plan, map, block, shared);
-    else wgmma_kv8_convert<Tile>(a, plan, shared, warp_index - 1);
+    if (warp_index == 0) wgmma_mixed_produce<Tile, Rule>(a, plan, map, block, shared);
+    else wgmma_mixed_convert<Tile>(a, plan, shared, warp_index - 1);
   } else {
     setmaxnreg_inc<Tile::kConsumerRegisters>();
     const no_prologue prologue;
@@ -2638,12 +2669,12 @@ static flashcore_status flashcore_fp8_check_attention(const flashcore_attention 
   return FLASHCORE_OK;
 }
 
-enum { FLASHCORE_KV8_COPY, FLASHCORE_KV8_GENERAL }; /* of flashcore_plan.param */
+enum { FLASHCORE_MIXED_COPY, FLASHCORE_MIXED_GENERAL }; /* of flashcore_plan.param */
 
 /* ---- wgmma, 16-bit Q beside fp8 K and V ---- */
 
 /* The problem with Q for K and V, too: its copy tells how Q and O can be moved. */
-static flashcore_attention flashcore_kv8_queries(const flashcore_attention *a) {
+static flashcore_attention flashcore_mixed_queries(const flashcore_attention *a) {
   flashcore_attention queries = *a;
   queries.k = queries.v = a->q;
   queries.heads_kv = a->heads_q;
@@ -2654,7 +2685,7 @@ static flashcore_attention flashcore_kv8_queries(const flashcore_attention *a) {
 }
 
 /* What fp8 kernels ask of K and V; Q and O lie as they like. */
-static flashcore_status flashcore_kv8_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
+static flashcore_status flashcore_mixed_check(const flashcore_attention *a, const flashcore_device *device, flashcore_error *error) {
   if (flashcore_is_fp8(a->dtype_o))
     return flashcore_refuse(error, FLASHCORE_UNSUPPORTED_DTYPE, "dtype_o", a->dtype_o, FLASHCORE_BF16,
                             "dtype_o: beside 16-bit Q the qgmma kernel writes fp16 and bf16, not %d", (int)a->dtype_o);
@@ -2669,12 +2700,12 @@ static flashcore_status flashcore_kv8_check(const flashcore_attention *a, const 
 }
 
 /* The instance a problem gets. */
-template <typename T, typename F8, int kHeadDim> static void flashcore_kv8_use(bool general, flashcore_plan *plan) {
+template <typename T, typename F8, int kHeadDim> static void flashcore_mixed_use(bool general, flashcore_plan *plan) {
   using namespace flashcore;
-  using wide = wgmma_kv8_tile_for<T, F8, kHeadDim, kWideTile>;
-  using slim = wgmma_kv8_tile_for<T, F8, kHeadDim, kGeneralTile>;
-  plan->kernel = general ? reinterpret_cast<const void *>(&wgmma_kv8_kernel<slim, descriptor_rule>)
-                         : reinterpret_cast<const void *>(&wgmma_kv8_kernel<wide, no_rule>);
+  using wide = wgmma_mixed_tile_for<T, F8, kHeadDim, kWideTile>;
+  using slim = wgmma_mixed_tile_for<T, F8, kHeadDim, kGeneralTile>;
+  plan->kernel = general ? reinterpret_cast<const void *>(&wgmma_mixed_kernel<slim, descriptor_rule>)
+                         : reinterpret_cast<const void *>(&wgmma_mixed_kernel<wide, no_rule>);
   plan->d.block_q = general ? slim::kBlockQ : wide::kBlockQ;
   plan->d.block_kv = general ? slim::kBlockKv : wide::kBlockKv;
   plan->d.stages = general ? slim::kStages : wide::kStages;
@@ -2683,33 +2714,33 @@ template <typename T, typename F8, int kHeadDim> static void flashcore_kv8_use(b
   plan->d.shared_bytes = general ? slim::kSharedBytes : wide::kSharedBytes;
 }
 /* The smallest instance that holds both dims, at most 256. */
-template <typename T, typename F8> static void flashcore_kv8_pick(const flashcore_attention *a, bool general, flashcore_plan *plan) {
+template <typename T, typename F8> static void flashcore_mixed_pick(const flashcore_attention *a, bool general, flashcore_plan *plan) {
   const int dim = a->dim_qk > a->dim_v ? a->dim_qk : a->dim_v;
-  if (dim <= 64) flashcore_kv8_use<T, F8, 64>(general, plan);
-  else if (dim <= 128) flashcore_kv8_use<T, F8, 128>(general, plan);
-  else flashcore_kv8_use<T, F8, 256>(general, plan);
+  if (dim <= 64) flashcore_mixed_use<T, F8, 64>(general, plan);
+  else if (dim <= 128) flashcore_mixed_use<T, F8, 128>(general, plan);
+  else flashcore_mixed_use<T, F8, 256>(general, plan);
 }
 template <typename T>
-static void flashcore_kv8_select([[maybe_unused]] const flashcore_attention *a, [[maybe_unused]] bool general,
-                                 [[maybe_unused]] flashcore_plan *plan) {
+static void flashcore_mixed_select([[maybe_unused]] const flashcore_attention *a, [[maybe_unused]] bool general,
+                                   [[maybe_unused]] flashcore_plan *plan) {
 #if !defined(FLASHCORE_NO_E4M3)
-  if (a->dtype_kv == FLASHCORE_E4M3) flashcore_kv8_pick<T, flashcore::e4m3>(a, general, plan);
+  if (a->dtype_kv == FLASHCORE_E4M3) flashcore_mixed_pick<T, flashcore::e4m3>(a, general, plan);
 #endif
 #if !defined(FLASHCORE_NO_E5M2)
-  if (a->dtype_kv == FLASHCORE_E5M2) flashcore_kv8_pick<T, flashcore::e5m2>(a, general, plan);
+  if (a->dtype_kv == FLASHCORE_E5M2) flashcore_mixed_pick<T, flashcore::e5m2>(a, general, plan);
 #endif
 }
 
-static flashcore_status flashcore_kv8_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
-                                           flashcore_error *error) {
-  FLASHCORE_FP8_TRY(flashcore_kv8_check(a, device, error));
-  const int32_t copy = flashcore::wgmma_copy_of(flashcore_kv8_queries(a));
+static flashcore_status flashcore_mixed_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
+                                             flashcore_error *error) {
+  FLASHCORE_FP8_TRY(flashcore_mixed_check(a, device, error));
+  const int32_t copy = flashcore::wgmma_copy_of(flashcore_mixed_queries(a));
   const bool general = copy || flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_F16)
-  if (a->dtype == FLASHCORE_F16) flashcore_kv8_select<__half>(a, general, plan);
+  if (a->dtype == FLASHCORE_F16) flashcore_mixed_select<__half>(a, general, plan);
 #endif
 #if !defined(FLASHCORE_NO_BF16)
-  if (a->dtype == FLASHCORE_BF16) flashcore_kv8_select<__nv_bfloat16>(a, general, plan);
+  if (a->dtype == FLASHCORE_BF16) flashcore_mixed_select<__nv_bfloat16>(a, general, plan);
 #endif
   if (!plan->kernel)
     return flashcore_refuse(error, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", a->dtype_kv, 0,
@@ -2728,8 +2759,8 @@ static flashcore_status flashcore_kv8_plan(const flashcore_attention *a, const f
   d->backend = FLASHCORE_BACKEND_QGMMA;
   d->splits = 1;
   plan->is_slow = (int64_t)a->seq_q * (a->heads_q / a->heads_kv) <= 16; /* decoding: qmma shares out the keys of so few rows to its warps */
-  plan->param[FLASHCORE_KV8_COPY] = copy;
-  plan->param[FLASHCORE_KV8_GENERAL] = general;
+  plan->param[FLASHCORE_MIXED_COPY] = copy;
+  plan->param[FLASHCORE_MIXED_GENERAL] = general;
   d->grid = tiles * units < device->sm_count ? tiles * units : device->sm_count;
   snprintf(d->kernel, sizeof d->kernel, "qgmma %s/%s d%d q%d kv%d%s", a->dtype == FLASHCORE_F16 ? "f16" : "bf16",
            a->dtype_kv == FLASHCORE_E4M3 ? "e4m3" : "e5m2", (int)d->head_dim_v, (int)d->block_q, (int)d->block_kv,
@@ -2739,14 +2770,14 @@ static flashcore_status flashcore_kv8_plan(const flashcore_attention *a, const f
   return FLASHCORE_OK;
 }
 
-static flashcore_status flashcore_kv8_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
-                                             flashcore_error *error) {
+static flashcore_status flashcore_mixed_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
+                                               flashcore_error *error) {
   flashcore_attention args = *a;
   flashcore::wgmma_schedule schedule =
-      flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.packed_group, plan->param[FLASHCORE_KV8_GENERAL] != 0, plan->d.grid);
+      flashcore::make_wgmma_schedule(*a, plan->d.block_q, plan->d.packed_group, plan->param[FLASHCORE_MIXED_GENERAL] != 0, plan->d.grid);
   flashcore::tensor_map map = {};
   CUresult code = CUDA_SUCCESS;
-  schedule.copy = plan->param[FLASHCORE_KV8_COPY];
+  schedule.copy = plan->param[FLASHCORE_MIXED_COPY];
   schedule.ragged = 0;
   if (!schedule.copy) code = flashcore::wgmma_encode(flashcore::wgmma_views_of(*a, plan->d.packed_group).q, a->dtype, 64, map);
   if (code != CUDA_SUCCESS)
@@ -2806,10 +2837,12 @@ template <typename T, int kHeadDim> static void flashcore_qgmma_pick(const flash
   using namespace flashcore;
   if (general) return flashcore_qgmma_use<T, kHeadDim, kGeneralFp8>(plan);
   if (a->lse) return flashcore_qgmma_use<T, kHeadDim, kExactFp8>(plan);
-  if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kLongFp8>>::value)
-    if (a->seq_kv >= 8192) return flashcore_qgmma_use<T, kHeadDim, kLongFp8>(plan);
-  if constexpr (qgmma_has_tile<qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kShortFp8>>::value)
-    if (a->seq_kv < (kHeadDim == 64 ? 3072 : FLASHCORE_FP8_MODE == kFast ? 768 : 1536)) return flashcore_qgmma_use<T, kHeadDim, kShortFp8>(plan);
+  using longer = qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kLongFp8>;
+  using shorter = qgmma_tile_for<T, FLASHCORE_FP8_MODE, kHeadDim, kShortFp8>;
+  if constexpr (wgmma_has_tile<longer>::value)
+    if (a->seq_kv >= longer::kKeys) return flashcore_qgmma_use<T, kHeadDim, kLongFp8>(plan);
+  if constexpr (wgmma_has_tile<shorter>::value)
+    if (a->seq_kv < shorter::kKeys) return flashcore_qgmma_use<T, kHeadDim, kShortFp8>(plan);
   flashcore_qgmma_use<T, kHeadDim, kWideFp8>(plan);
 }
 /* The smallest instance that holds both dims, at most 256. */
@@ -2822,7 +2855,7 @@ template <typename T> static void flashcore_qgmma_select(const flashcore_attenti
 
 static flashcore_status flashcore_qgmma_plan(const flashcore_attention *a, const flashcore_device *device, flashcore_plan *plan,
                                              flashcore_error *error) {
-  if (flashcore_fp8_is_mixed(a)) return flashcore_kv8_plan(a, device, plan, error);
+  if (flashcore_fp8_is_mixed(a)) return flashcore_mixed_plan(a, device, plan, error);
   FLASHCORE_FP8_TRY(flashcore_qgmma_check(a, device, error));
   const bool general = flashcore_has_rule(a);
 #if !defined(FLASHCORE_NO_E4M3)
@@ -2855,7 +2888,7 @@ static flashcore_status flashcore_qgmma_plan(const flashcore_attention *a, const
 
 static flashcore_status flashcore_qgmma_launch(const flashcore_attention *a, const flashcore_plan *plan, flashcore_stream stream,
                                                flashcore_error *error) {
-  if (flashcore_fp8_is_mixed(a)) return flashcore_kv8_launch(a, plan, stream, error);
+  if (flashcore_fp8_is_mixed(a)) return flashcore_mixed_launch(a, plan, stream, error);
   flashcore_attention args = *a;
   flashcore::wgmma_schedule schedule = flashcore::make_wgmma_schedule(*a, plan->d.block_q, 1, flashcore_has_rule(a), plan->d.grid);
   flashcore::wgmma_maps maps;
@@ -2907,7 +2940,7 @@ static void flashcore_qmma_pick(const flashcore_attention *a, const flashcore_de
   using wide = TileFor<T, kHeadDim, flashcore::kWide>;
   using narrow = TileFor<T, kHeadDim, flashcore::kNarrow>;
   using few = TileFor<T, kHeadDim, flashcore::kShort>;
-  if constexpr (flashcore::qgmma_has_tile<few>::value)
+  if constexpr (flashcore::wgmma_has_tile<few>::value)
     if ((int64_t)a->seq_q * (a->heads_q / a->heads_kv) <= few::kBlockQ)
       return general ? flashcore_qmma_use<few, true>(plan) : flashcore_qmma_use<few, false>(plan);
   if (general) return flashcore_qmma_use<narrow, true>(plan);

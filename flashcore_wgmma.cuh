@@ -36,7 +36,8 @@
  *   work_full[tile & 1]   a lane per consumer warp   all consumer warps  (tile / 2) & 1      which rows and keys the tile has
  *   work_free[tile & 1]   1 per consumer warp        the planner         (tile / 2 & 1) ^ 1  the tile is done
  *   kGroupBarrier + wg    128 threads of group wg    the same            -                   the tail rows of a V block are zero
- *   those of turn()       64 threads of two warps    the second          -                   what is done in turn (wgmma_turns)
+ *   those of turn()       64 threads of two warps,   the second          -                   what is done in turn (wgmma_turns)
+ *                         or 256 of two groups
  *   __syncthreads         the block                  the block           -                   the barriers exist
  * Where lanes copy (wgmma_schedule::copy), three producers share the tensors out, and arrive on q_, k_, v_full without bytes, behind a proxy fence. */
 #if defined(FLASHCORE_WGMMA_PARTS_ONLY) && (defined(FLASHCORE_IMPLEMENTATION) || defined(FLASHCORE_BACKEND_IMPLEMENTATION))
@@ -359,9 +360,9 @@ enum wgmma_reference {
 };
 
 /* What consumers do in turn, so that one uses a unit of the SM while another waits for the tensor cores (figures: H200, CUDA 13.0).
- *   products   warpgroups issue theirs one after the other
+ *   products   warpgroups issue theirs one after the other: in fp8 up to 10 % faster where there are three groups
  *   terms      of the warps that share a quarter of the SM, one exponentiates at a time: where there are two groups, and every block is looked at first,
- *              1 to 2 % faster at 256 dims, up to 10 % in fp8; slower with more groups, but for fp8 of 128 dims */
+ *              1 to 2 % faster at 256 dims, up to 10 % in fp8 */
 enum wgmma_turns { kNoTurns, kProductTurns, kTermTurns };
 
 /* T: element; kHeadDimQk, kHeadDimV: dims of the instance, smaller ones are zero-padded to it
@@ -376,6 +377,7 @@ struct wgmma_tile {
   static constexpr bool kOverlapsTiles = kQ_ != kQOnce, kQHeld = kQ_ == kQFragments, kTrustsSums = kReference_ == kLookAtSums;
   static constexpr int kQStages = kQ_ == kQTwice ? 2 : 1;
   static constexpr wgmma_turns kTurns = kTurns_;
+  static constexpr int kEdgeRows = 16; /* that ask for masks together: a warp's */
 
   static constexpr bool kScaled = false; /* each tile has factors of its own (wgmma_walk), and O a type of its own */
 
@@ -565,7 +567,7 @@ struct wgmma_work {
 struct alignas(16) wgmma_walk {
   int32_t blocks;      /* that some row of the group sees; 0: there is no more tile */
   int32_t skip;        /* that come before these, for other groups */
-  int32_t first_edges; /* at the start of the walk that some row of the warp does not see in full */
+  int32_t first_edges; /* at the start of the walk that some of the warp's rows (Tile::kEdgeRows) do not see in full */
   int32_t last_edges;  /* at its end */
   int32_t keys;        /* of the first block, before those that are not zeros but belong to another sequence */
   int32_t begin;       /* the block that comes last */
@@ -625,8 +627,9 @@ FLASHCORE_DEVICE void wgmma_find_walk(const flashcore_attention &a, const wgmma_
   walk.keys = plan.ragged ? min(w.len_kv - (end - 1) * Tile::kBlockKv, Tile::kBlockKv) : Tile::kBlockKv;
   flashcore_range all = {0, w.len_kv};
   if (plan.masked) {
-    all.first = wgmma_keys_of(a, plan, w, walk.row + 15).first;
-    all.last = wgmma_keys_of(a, plan, w, walk.row).last;
+    const int row = walk.row / Tile::kEdgeRows * Tile::kEdgeRows; /* tiles begin at a multiple of it */
+    all.first = wgmma_keys_of(a, plan, w, row + Tile::kEdgeRows - 1).first;
+    all.last = wgmma_keys_of(a, plan, w, row).last;
   }
   walk.first_edges = max(end - max(all.last, 0) / Tile::kBlockKv, 0);
   walk.last_edges = max((all.first + Tile::kBlockKv - 1) / Tile::kBlockKv - w.begin, 0);
@@ -674,10 +677,11 @@ template <typename Tile> struct wgmma_barriers {
   static_assert(kBytes <= Tile::kBytesBarriers, "fits the place that the tile keeps for it");
 
   /* kv_arrivals: at k_full, v_full in each phase     callers  one thread, then a barrier of the block */
-  __forceinline__ __device__ void init(int kv_arrivals = 1) const {
+  __forceinline__ __device__ void init(int kv_arrivals = 1) const { init(kv_arrivals, kv_arrivals); }
+  __forceinline__ __device__ void init(int k_arrivals, int v_arrivals) const {
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(k_full(i), kv_arrivals);
-      mbarrier_init(v_full(i), kv_arrivals);
+      mbarrier_init(k_full(i), k_arrivals);
+      mbarrier_init(v_full(i), v_arrivals);
       mbarrier_init(k_free(i), Tile::kConsumerWarps);
       mbarrier_init(v_free(i), Tile::kConsumerWarps);
     }
@@ -1000,9 +1004,10 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* ---- scores to probabilities ---- */
 
-  /* What the exponential multiplies scores with: in kernels with a rule, which has scaled them, 1. */
+  /* What the exponential multiplies scores with: in kernels with a rule, which has scaled them, 1. A factor that is NaN is left to finish: here it
+   * would give a key, NaN * -inf, to a row that sees none. */
   static __forceinline__ __device__ float scale_log2_of(const wgmma_schedule &plan, const wgmma_walk &w) {
-    if constexpr (Tile::kScaled && !Rule::kActive) return w.scale;
+    if constexpr (Tile::kScaled && !Rule::kActive) return isnan(w.scale) ? 1.f : w.scale;
     else return plan.scale_log2;
   }
   /* Row of the sequence of accumulator half h (rows g, g + 8). */
@@ -1167,7 +1172,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       if (ending) wait_v(at);
       gemm_pv(accumulate);
     }
-    if (ending) finish(a, plan, last, Tile::kScaled ? last.v_scale : 1.f);
+    if (ending) finish(a, plan, last, Tile::kScaled ? last.scale : 1.f, Tile::kScaled ? last.v_scale : 1.f);
     if (Tile::kOverlapsTiles) {
       wgmma_wait<kPvFirst ? 0 : 1>();
       take_s();
@@ -1191,6 +1196,13 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
       skip_v(skip);
     }
     at = first;
+  }
+
+  /* P V is complete. */
+  __forceinline__ __device__ void finish_products() {
+    wgmma_wait<0>();
+    wgmma_pin(o);
+    release_v(at);
   }
 
   /* All tiles of the block.   callers  all warps of the consumer warpgroups */
@@ -1230,9 +1242,7 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
           release_k(next);
           moved = look_and_exponentiate(a, plan, w, w.begin + left - 1, edge, sum);
         }
-        wgmma_wait<0>();
-        wgmma_pin(o);
-        release_v(at);
+        finish_products();
         if (kTrustsSums) {
           if (!blind || !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
             moved = blind && follow(sum);
@@ -1264,15 +1274,16 @@ template <typename Tile, typename Rule, typename Prologue, typename Epilogue> st
 
   /* ---- the end of a tile ---- */
 
-  /* Row sums over the quad, sink, LSE; `inverse`, times V's descale. */
-  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, float v_scale) {
-    const float sum[2] = {quad_sum(l[0]), quad_sum(l[1])};
+  /* Row sums over the quad, sink, LSE; `inverse`, times V's descale. Rows that see a key become NaN where scale, the one of scores, is; others have an
+   * `inverse` of 0, whatever the scales. */
+  __forceinline__ __device__ void finish(const flashcore_attention &a, const wgmma_schedule &plan, const wgmma_walk &w, float scale, float v_scale) {
     float lse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float sink = a.sink ? a.sink[w.tile.head + plan.head_of(row_of(w, h))] : 0.f;
-      inverse[h] = softmax_finish({sum[h] == 0.f ? FLASHCORE_EMPTY_MAX : m[h], sum[h]}, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]);
-      if (sum[h] != 0.f) inverse[h] *= v_scale; /* a row without keys is 0, whatever the scale */
+      const float sink = a.sink ? a.sink[w.tile.head + plan.head_of(row_of(w, h))] : 0.f, total = quad_sum(l[h]);
+      const bool empty = total == 0.f;
+      const softmax_state state = {empty ? FLASHCORE_EMPTY_MAX : m[h], !empty && isnan(scale) ? scale : total};
+      inverse[h] = softmax_finish(state, a.sink != nullptr, sink, a.lse_base2 != 0, lse[h]) * (empty ? 0.f : v_scale);
     }
     const int row = lane() / 4;
     float *const dst = a.lse + w.lse + plan.query_of(row) + (int64_t)plan.head_of(row) * a.seq_q;

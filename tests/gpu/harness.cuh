@@ -67,7 +67,7 @@ struct Case {
   int lengths = 0; // bits of Lengths
   int page = 0;    // page size
   int splits = 0, split_len = 0;
-  int descale = 0; // of fp8 tensors: 1 one for each, 2 per batch entry and head, 3 likewise, but two of three of O are NaN or negative
+  int descale = 0; // of fp8 tensors: 1 one for each, 2 per batch entry and head; likewise, but two of three are NaN or negative: 3 of O, 4 of all
   int amax = 0;    // 1: wanted, where O is fp8
   int backend = 0, tile = 0, layout = 0, data = 0, broken = 0, seed = 1;
   float scale = 0, softcap = 0;
@@ -903,9 +903,9 @@ private:
       const float unit = d != &a.o_descale ? 1.f : c.dtype_o == FLASHCORE_E4M3 ? 0x1p-10f : 0x1p-17f; // some of O, not all, is too large then
       std::vector<float> factors(d->stride_h ? (size_t)(c.batch * d->stride_b) : 1);
       for (float &x : factors) x = (0.25f + (float)below(1000) / 500.f) * unit;
-      for (size_t n = 0; c.descale == 3 && d == &a.o_descale && n < factors.size(); ++n) {
+      const bool spoiled = c.descale == 4 || (c.descale == 3 && d == &a.o_descale);
+      for (size_t n = 0; spoiled && n < factors.size(); ++n)
         if (n % 3) factors[n] = n % 3 == 1 ? NAN : -1.f;
-      }
       upload(d->data, factors);
     }
     const uint64_t seed = 100 + (uint64_t)c.seed;

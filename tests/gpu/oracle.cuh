@@ -290,10 +290,10 @@ static __device__ void write_row(const flashcore_attention &a, const Row &r, int
   for (int n = 0; n < kDimsPerThread; ++n) {
     const int d = threadIdx.x + n * kThreads;
     if (d >= a.dim_v) break;
-    const double o = l == 0 ? 0 : s.o[n] * factor / l * v_scale;
-    const float low = l_low == 0 ? 0 : s.o_low[n] * factor_low / l_low * (float)v_scale;
-    out.o[index * a.dim_v + d] = l == 0 ? 0 : saturate(dtype_o, o * o_scale);
-    out.low[index * a.dim_v + d] = l_low == 0 ? 0 : round_to(dtype_o, low * (float)o_scale);
+    const double o = s.l == 0 ? 0 : s.o[n] * factor / l * v_scale;
+    const float low = s.l_low == 0 ? 0 : s.o_low[n] * factor_low / l_low * (float)v_scale;
+    out.o[index * a.dim_v + d] = s.l == 0 ? 0 : saturate(dtype_o, o * o_scale); // a row without keys feels no scale
+    out.low[index * a.dim_v + d] = s.l_low == 0 ? 0 : round_to(dtype_o, low * (float)o_scale);
     raise(&out.amax[0], o);
     raise(&out.amax[1], low - o);
   }

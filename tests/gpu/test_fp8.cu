@@ -204,6 +204,20 @@ static void test_outputs() {
   check("fp8_outputs_of_many_heads", heads);
 }
 
+/* Descales that are NaN or negative make NaN of rows that see a key, and leave the others alone, beside a sink, too. */
+static void test_spoiled_descales() {
+  std::vector<Case> cases;
+  for (int dtype_o : {0, (int)FLASHCORE_E4M3})
+    for (int dim : kDims)
+      for (int turn = 0; turn < 8; ++turn) {
+        Case c = sized(kTypes[turn % 2], 2, 4, 2, 200, 67, dim);
+        c.causal = FLASHCORE_CAUSAL_BOTTOM_RIGHT, c.descale = 4, c.dtype_o = dtype_o, c.amax = dtype_o != 0; // 133 rows see no key
+        c.sink = turn / 2 % 2, c.softcap = turn % 4 == 3 ? 5.f : 0.f, c.lengths = turn < 4 ? 0 : SEQLENS_Q | SEQLENS_KV;
+        cases.push_back(c);
+      }
+  check("spoiled_descales", cases);
+}
+
 static void test_data() {
   std::vector<Case> hostile, layouts;
   for (int data = 0; data < DATA_COUNT; ++data)
@@ -455,7 +469,8 @@ int main(int argc, char **argv) {
   error_factor() = 2.4; // what the mode promises for peaked rows
   largest_weight() = 8; // kTop of qgmma_warp: less than 2^-13 of a row's largest weight is lost
 #endif
-  for (auto group : {test_quantisers, test_widening, test_shapes, test_accuracy, test_options, test_outputs, test_data, test_many, test_reruns})
+  for (auto group : {test_quantisers, test_widening, test_shapes, test_accuracy, test_options, test_outputs, test_spoiled_descales, test_data,
+                     test_many, test_reruns})
     group();
   return report().finish();
 }

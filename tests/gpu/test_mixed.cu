@@ -55,6 +55,20 @@ static void test_shapes() {
   check("unequal_head_dims", unequal);
 }
 
+/* As in test_fp8. */
+static void test_spoiled_descales() {
+  std::vector<Case> cases;
+  for (int dim : kDims)
+    for (int turn = 0; turn < 8; ++turn)
+      for (int seq_q : {80, 200}) { // 13 rows see no key, or 133
+        Case c = mixed(turn, 2, 4, 2, seq_q, 67, dim);
+        c.causal = FLASHCORE_CAUSAL_BOTTOM_RIGHT, c.descale = 4;
+        c.sink = turn / 2 % 2, c.softcap = turn % 4 == 3 ? 5.f : 0.f, c.lengths = turn < 4 ? 0 : SEQLENS_Q | SEQLENS_KV;
+        cases.push_back(c);
+      }
+  check("spoiled_descales", cases);
+}
+
 /* One query or a few, heads of a group in the rows of a tile, keys whose number the device knows. */
 static void test_decoding() {
   std::vector<Case> decoding;
@@ -211,6 +225,8 @@ static void test_reruns() {
 int main(int argc, char **argv) {
   if (!read_options(argc, argv)) return 2;
   find_device();
-  for (auto group : {test_shapes, test_decoding, test_groups, test_many_rows, test_options, test_data, test_automatic_choice, test_reruns}) group();
+  for (auto group :
+       {test_shapes, test_decoding, test_groups, test_many_rows, test_options, test_spoiled_descales, test_data, test_automatic_choice, test_reruns})
+    group();
   return report().finish();
 }

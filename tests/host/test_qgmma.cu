@@ -65,7 +65,7 @@ static void every_output_type_but_fp32_is_served_by_the_same_kernel() {
 }
 
 /* 16-bit Q beside fp8 K and V. */
-static flashcore_attention accepted_kv8(int32_t seq_q, int32_t seq_kv, int32_t dim = 64) {
+static flashcore_attention accepted_mixed(int32_t seq_q, int32_t seq_kv, int32_t dim = 64) {
   flashcore_attention a = sized(2, 8, 2, seq_q, seq_kv, dim);
   a.dtype_kv = FLASHCORE_E4M3;
   return a;
@@ -92,7 +92,7 @@ static void options_and_dims_choose_the_kernel_of_a_cache() {
       {"odd O", 300, 300, 64, [](flashcore_attention &a) { a.o.stride_s += 1; }, "qgmma f16/e4m3 d64 q128 kv64 general, copied", 1},
   };
   for (const auto &x : cases) {
-    flashcore_attention a = accepted_kv8(x.seq_q, x.seq_kv, x.dim);
+    flashcore_attention a = accepted_mixed(x.seq_q, x.seq_kv, x.dim);
     flashcore_plan plan;
     flashcore_error error = {};
     x.change(a);
@@ -103,7 +103,7 @@ static void options_and_dims_choose_the_kernel_of_a_cache() {
   }
 }
 
-static const refusal refusals_kv8[] = {
+static const refusal refusals_mixed[] = {
     {"bf16 left out", [](flashcore_attention &a) { a.dtype = FLASHCORE_BF16; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", FLASHCORE_E4M3, 0},
     {"e5m2 left out", [](flashcore_attention &a) { a.dtype_kv = FLASHCORE_E5M2; }, 90, FLASHCORE_BACKEND_NOT_COMPILED, "dtype_kv", FLASHCORE_E5M2, 0},
     {"fp32 Q", [](flashcore_attention &a) { a.dtype = FLASHCORE_F32; }, 90, FLASHCORE_UNSUPPORTED_DTYPE, "dtype", FLASHCORE_F32, FLASHCORE_E4M3},
@@ -141,7 +141,7 @@ static const refusal refusals[] = {
 
 static void refusals_name_the_field_and_the_kernel() {
   for (const refusal &x : refusals) check_refusal(x, accepted8(300), FLASHCORE_BACKEND_QGMMA);
-  for (const refusal &x : refusals_kv8) check_refusal(x, accepted_kv8(300, 300), FLASHCORE_BACKEND_QGMMA);
+  for (const refusal &x : refusals_mixed) check_refusal(x, accepted_mixed(300, 300), FLASHCORE_BACKEND_QGMMA);
 }
 
 int main() {

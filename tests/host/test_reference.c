@@ -514,9 +514,9 @@ static void negative_or_nan_output_descale_gives_nan_where_a_key_is_seen(void) {
   static const int32_t keys[kBatch] = {kSeqKv, 0};
   static uint8_t o_fp8[COUNT(o)];
   const float bad[2] = {-1.f, NAN};
-  for (int n = 0; n < 2; ++n) {
+  for (int n = 0; n < 4; ++n) {
     flashcore_attention a = problem();
-    a.o.data = o_fp8, a.dtype_o = FLASHCORE_E5M2, a.seqlens_kv = keys, a.o_descale.data = &bad[n];
+    a.o.data = o_fp8, a.dtype_o = FLASHCORE_E5M2, a.seqlens_kv = keys, a.o_descale.data = &bad[n % 2], a.sink = n < 2 ? NULL : sinks;
     forward(&a);
     for (int i = 0; i < COUNT(o) / kBatch; ++i)
       CHECK(isnan(flashcore_decode(FLASHCORE_E5M2, o_fp8[i])) && flashcore_decode(FLASHCORE_E5M2, o_fp8[COUNT(o) / kBatch + i]) == 0.0);

@@ -150,6 +150,8 @@ static void wide(flashcore_attention *a) { a->batch = INT32_MAX, a->heads_q = 1 
   X(o_amax_is_o, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_amax = o_data)                                                              \
   X(o_amax_is_lse, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_amax = lse_data)                                                          \
   X(o_amax_is_o_descale, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->o_descale.data = floats)                                              \
+  X(o_amax_is_sink, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->sink = a->o_amax)                                                          \
+  X(o_amax_is_workspace, FLASHCORE_ALIASED_OUTPUT, "o_amax", make_fp8_o(a); a->workspace = a->o_amax)                                                \
   X(backend_unknown, FLASHCORE_INVALID_BACKEND, "backend", a->backend = 7)                                                                           \
   X(backend_negative, FLASHCORE_INVALID_BACKEND, "backend", a->backend = -1)
 
