@@ -1570,9 +1570,10 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   using typename base::ring;
   static constexpr int kBlockKv = Tile::kBlockKv, kTilesS = base::kTilesS, kTilesO = base::kTilesO;
   static constexpr bool kTrustsSums = Tile::kTrustsSums && !Rule::kActive;
-  /* p of a term at the reference is 2^kTop, exact in e4m3. fast: in a block of equal scores the sum of a lane's terms stays below kSumLimit, and what
-   * the sum bounds, e4m3 can hold. */
-  static constexpr float kTop = !kTrustsSums ? 8.f : kBlockKv > 64 ? 3.f : 4.f, kSumLimit = 448.f;
+  /* p of a term at the reference is 2^kTop, exact in e4m3. fast: e4m3 can hold what kSumLimit bounds; a lane's terms in a block of equal scores sum up to
+   * 16 / 17 of it. WHY no more: a row whose largest p is not 2^kTop feels its rounding. */
+  static constexpr float kTop = !kTrustsSums ? 8.f : kBlockKv > 64 ? 3.f : 4.f, kSumLimit = kBlockKv / 4 * (1 << (int)kTop) * 1.0625f;
+  static_assert(!kTrustsSums || kSumLimit <= 448.f, "the largest number of e4m3");
 
   uint32_t p8[kBlockKv / 32][4]; /* the A operand of P V */
   float part[Tile::kExact ? kTilesS : 1][4];
@@ -1779,20 +1780,21 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
   /* The same without a look at the maxima before, unless terms turn out to be too large.   returns  whether a reference moved
    *   implies  P V of the block at hand is complete, and K of block `next` released */
   __forceinline__ __device__ bool exponentiate_and_follow(ring next, float (&sum)[2], float scale_log2) {
-    bool moved = false;
+    const bool looks = unusual; /* WHY: where the reference's last bit weighs, it cannot follow by as little as a term is too large */
+    bool moved = looks && look(scale_log2);
     base::turn(kTermTurns);
     exponentiate(sum, scale_log2);
     base::pass(kTermTurns);
     base::finish_products();
-    if (unusual || !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
+    if (!looks && !__all_sync(0xffffffffu, sum[0] < kSumLimit && sum[1] < kSumLimit)) { /* NaN counts as large */
       moved = follow(sum);
       if (!moved) {
         base::gemm_qk_again(next);
         moved = look(scale_log2);
         exponentiate(sum, scale_log2);
       }
-      if (unusual) cap(sum);
     }
+    if (unusual) cap(sum);
     __syncwarp();
     base::release_k(next);
     return moved;
