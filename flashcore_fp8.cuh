@@ -1938,7 +1938,8 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
           --left;
           continue;
         }
-        if constexpr (!Rule::kActive) do {
+        if constexpr (!Rule::kActive) {
+          do {
             const ring next = at.next();
             float sum[2];
             bool moved;
@@ -1953,6 +1954,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
             }
             take(next, sum, moved);
           } while (--left > last_edges && (Tile::kPromotesEarly || in_o < Tile::kPromoteBlocks));
+        }
       }
       if (!Tile::kQHeld) base::release_q();
     }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Builds the GPU tests for the GPU at hand, runs them, runs compute-sanitizer on a small sweep, and writes a receipt.
 
-    python3 tests/gpu/run.py [--quick] [--no-sanitizer] [--bench FILE]
+    python3 tests/gpu/run.py [--quick] [--no-sanitizer] [--time-limit SECONDS] [--bench FILE]
 
 The receipt, tests/receipts/<gpu>.json, says what was tested: device, driver, CUDA, a hash of each header, counts, and the speed table of
 --bench (a text file). Exit code 0 only if everything passed."""
@@ -28,7 +28,6 @@ PROGRAMS = ["test_blocks", "test_hopper", "test_user_rule", "test_attention", "t
 STANDALONE = ["test_qmma"]  # hold what they need of the library themselves
 TIMED = ["test_dispatch"]  # alone on the GPU
 SANITIZERS = ["memcheck", "racecheck", "initcheck", "synccheck"]
-TIME_LIMIT = 1500  # seconds for one program
 
 
 def find_tool(name):
@@ -75,13 +74,13 @@ def build(nvcc, arch):
     return good
 
 
-def run_logged(name, command):
+def run_logged(name, command, time_limit):
     """Runs a program; its output goes to a log, failures and the summary to the terminal. Returns exit code, passed, failed."""
     log = BUILD / f"{name}.log"
     start = time.time()
     with open(log, "w") as out:
         try:
-            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=TIME_LIMIT).returncode
+            code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=time_limit).returncode
         except subprocess.TimeoutExpired:
             code = 124
     text = log.read_text(errors="replace")
@@ -96,7 +95,7 @@ def run_logged(name, command):
     return {"exit_code": code, "passed": passed, "failed": failed}
 
 
-def run_sanitizers(quick):
+def run_sanitizers(quick, time_limit):
     tool = find_tool("compute-sanitizer")
     if not tool:
         print("compute-sanitizer was not found; --no-sanitizer leaves it out")
@@ -110,7 +109,8 @@ def run_sanitizers(quick):
     def run_one(pair):
         check, program = pair
         name = f"sanitizer_{check}_{program}"
-        outcome = run_logged(name, [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / program), *(racecheck if check == "racecheck" else programs)[program]])
+        outcome = run_logged(name, [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / program), *(racecheck if check == "racecheck" else programs)[program]],
+                             time_limit)
         summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"{name}.log").read_text(errors="replace"), re.M)
         return f"{check} {program}", {**outcome, "summary": summary[-1] if summary else "no summary"}
 
@@ -125,6 +125,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer reruns and random cases, no huge tensor")
     parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--time-limit", type=int, default=1500, help="seconds for one program: what hangs fails then")
     parser.add_argument("--bench", type=pathlib.Path, help="text file with a speed table for the receipt")
     options = parser.parse_args()
     nvcc = find_tool("nvcc")
@@ -140,7 +141,7 @@ def main():
     arguments = {**dict.fromkeys(properties, ["--quick"] if options.quick else []), "test_sweep": ["--count", "300" if options.quick else "2000"]}
 
     def run_program(p):
-        return p, run_logged(p, [str(BUILD / p), *arguments.get(p, [])])
+        return p, run_logged(p, [str(BUILD / p), *arguments.get(p, [])], options.time_limit)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         programs = dict(pool.map(run_program, [p for p in PROGRAMS if p not in TIMED]))
@@ -148,7 +149,7 @@ def main():
     good = all(r["exit_code"] == 0 and r["failed"] == 0 for r in programs.values())
     sanitizers = {"error": "left out"}
     if not options.no_sanitizer:
-        sanitizers, clean = run_sanitizers(options.quick)
+        sanitizers, clean = run_sanitizers(options.quick, options.time_limit)
         good &= clean
     receipt = {
         "device": name, "arch": f"sm_{arch}", "driver": driver, "cuda": cuda_version(nvcc),
