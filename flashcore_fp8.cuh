@@ -1717,7 +1717,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     unusual = base::has_unusual_reference();
     return true;
   }
-  /* s holds terms, of which some are larger than kSumLimit. They are still f32: a row's largest becomes 2^kTop, and the others follow.
+  /* s holds terms, which in some lane add up to kSumLimit or more. They are still f32: a row's largest becomes 2^kTop, and the others follow.
    *   returns  false, with nothing changed, where a term has overflowed     callers  all 32 lanes, converged */
   __forceinline__ __device__ bool follow(float (&sum)[2]) {
     if (__any_sync(0xffffffffu, !(sum[0] + sum[1] < 0x1p100f))) return false; /* factor must not vanish; so is NaN */
@@ -1777,7 +1777,14 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
     if (unusual) cap(sum);
     base::pass(kTermTurns);
   }
-  /* The same without a look at the maxima before, unless terms turn out to be too large.   returns  whether a reference moved
+  /* With a look at the maxima first.   returns  whether a reference moved     implies  P V of the block at hand is complete */
+  __forceinline__ __device__ bool look_and_exponentiate(float (&sum)[2], float scale_log2) {
+    const bool moved = look(scale_log2);
+    exponentiate_any(sum, scale_log2);
+    base::finish_products();
+    return moved;
+  }
+  /* The same without a look, unless terms turn out to be too large.   returns  whether a reference moved
    *   implies  P V of the block at hand is complete, and K of block `next` released */
   __forceinline__ __device__ bool exponentiate_and_follow(ring next, float (&sum)[2], float scale_log2) {
     const bool looks = unusual; /* WHY: where the reference's last bit weighs, it cannot follow by as little as a term is too large */
@@ -1931,9 +1938,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
           base::release_k(next);
           if constexpr (Rule::kActive) apply_rule(a, w, w.begin + left - 1, scales.natural);
           if (edge) base::mask(a, plan, w, w.begin + left - 1);
-          const bool moved = look(scales.log2);
-          exponentiate_any(sum, scales.log2);
-          base::finish_products();
+          const bool moved = look_and_exponentiate(sum, scales.log2);
           take(next, sum, moved);
           --left;
           continue;
@@ -1948,9 +1953,7 @@ template <typename Tile, typename Rule> struct qgmma_warp : wgmma_warp<Tile, Rul
               moved = exponentiate_and_follow(next, sum, scales.log2);
             } else {
               base::release_k(next);
-              moved = look(scales.log2);
-              exponentiate_any(sum, scales.log2);
-              base::finish_products();
+              moved = look_and_exponentiate(sum, scales.log2);
             }
             take(next, sum, moved);
           } while (--left > last_edges && (Tile::kPromotesEarly || in_o < Tile::kPromoteBlocks));

@@ -109,8 +109,8 @@ def run_sanitizers(quick, time_limit):
     def run_one(pair):
         check, program = pair
         name = f"sanitizer_{check}_{program}"
-        outcome = run_logged(name, [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / program), *(racecheck if check == "racecheck" else programs)[program]],
-                             time_limit)
+        arguments = (racecheck if check == "racecheck" else programs)[program]
+        outcome = run_logged(name, [tool, "--tool", check, "--error-exitcode", "9", str(BUILD / program), *arguments], time_limit)
         summary = re.findall(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", (BUILD / f"{name}.log").read_text(errors="replace"), re.M)
         return f"{check} {program}", {**outcome, "summary": summary[-1] if summary else "no summary"}
 
